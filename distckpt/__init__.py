@@ -1,0 +1,36 @@
+"""distckpt: checkpoints for sharded PyTorch training. The public names are resolved when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointConfig": "distckpt.config",
+    "CheckpointManager": "distckpt.manager.manager",
+    "Checkpoint": "distckpt.format.checkpoint",
+    "open_checkpoint": "distckpt.format.checkpoint",
+    "list_checkpoints": "distckpt.format.checkpoint",
+    "resume_training": "distckpt.manager.resume",
+    "ResumableSampler": "distckpt.engines.sampler",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from distckpt.config import CheckpointConfig as CheckpointConfig
+    from distckpt.engines.sampler import ResumableSampler as ResumableSampler
+    from distckpt.format.checkpoint import Checkpoint as Checkpoint
+    from distckpt.format.checkpoint import list_checkpoints as list_checkpoints
+    from distckpt.format.checkpoint import open_checkpoint as open_checkpoint
+    from distckpt.manager.manager import CheckpointManager as CheckpointManager
+    from distckpt.manager.resume import resume_training as resume_training
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

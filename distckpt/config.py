@@ -1,0 +1,113 @@
+"""Every knob in one place, checked when it is set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from distckpt.errors import ConfigError
+
+DEFAULT_THREADS = max(4, min(16, 2 * (os.cpu_count() or 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """Settings of one ``CheckpointManager``. Raises ``ConfigError`` (a ``ValueError``) for values that make no sense."""
+
+    checkpoint_dir: str | os.PathLike[str]
+    """Root of a run's checkpoints: a folder that all ranks see, or ``memory://name`` in tests."""
+    save_total_limit: int | None = 5
+    """How many of the newest checkpoints to keep; None keeps all. The best, pinned ones, what the run resumed from and
+    the last two stay in any case (1 is allowed, and warned about)."""
+    save_best_only: bool = False
+    """Save only where the metric is better than in every checkpoint before."""
+    metric_name: str = "loss"
+    """Metric that "best" is about."""
+    metric_mode: str = "min"
+    """``min`` or ``max``."""
+    tie_breaks: Sequence[tuple[str, str] | str] = ("earliest",)
+    """What decides between equal metrics: (metric, mode) pairs in order, then ``earliest`` or ``latest``."""
+    save_optimizer: bool = True
+    """Store optimizer state and param groups."""
+    save_rng_state: bool = True
+    """Store every rank's RNG states."""
+    async_save: bool = False
+    """Return once the state is copied; write and commit on a background thread."""
+    on_busy: str = "wait"
+    """A save while another is in flight: ``wait`` for it, ``skip`` this one (returns None), or ``raise``."""
+    mode: str = "sharded"
+    """``sharded``: each rank writes its own boxes. ``full``: tensors are gathered one by one and rank 0 writes."""
+    save_every_steps: int | None = None
+    """``manager.step`` saves at multiples of this."""
+    save_every_seconds: float | None = None
+    """``manager.step`` saves when this long has passed since the last save."""
+    save_policy: Callable[[Any], str | None] | None = None
+    """Any policy of ``distckpt.manager.save_policy``, in addition to the two above."""
+    keep_policy: Callable[[Any], Any] | None = None
+    """Any policy of ``distckpt.manager.keep_policy``; replaces ``save_total_limit``."""
+    per_rank: Sequence[str] = ()
+    """Names of ``stateful`` entries whose state differs between ranks: each rank gets its own back."""
+    drop_on_resize: Sequence[str] = ()
+    """Like ``per_rank``, for state that means nothing on another world size and is then left as it is."""
+    start_fresh: bool = False
+    """Start a new lineage where checkpoints exist: nothing older is ever resumed from again."""
+    strict: bool = True
+    """A load raises if any name is missing or unexpected."""
+    threads: int = DEFAULT_THREADS
+    """I/O threads of this rank."""
+    timeout_s: float = 1800.0
+    """Deadline of one save or load, waiting for other ranks included."""
+    retries: int = 1
+    """How often a failed save is tried again at once, from the same copy."""
+    max_consecutive_failures: int = 3
+    """Failed saves in a row that only warn; the next one raises. 0 raises at the first."""
+    preemption_signals: Sequence[str] = ("SIGTERM", "SIGUSR1")
+    """Signals that lead to one agreed save at the next step boundary, and to ``Preempted``; empty: none."""
+    preemption_budget_s: float = 120.0
+    """Seconds from the signal within which that save must be committed."""
+    control_file: str | None = "SAVE_NOW"
+    """Creating this file under the root asks a running job for a save; it is removed when the job takes it."""
+    agree_every_steps: int = 1
+    """How often ``manager.step`` asks other ranks, where a decision needs it (time, metrics, signals, control file)."""
+    orphan_grace_s: float = 86400.0
+    """Leftovers of failed saves are removed when older than this and of an earlier job."""
+    verbose: bool = True
+    """Show progress bars and the resume table on rank 0, if standard error is a terminal."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything that you want stored in every manifest's provenance."""
+
+    def __post_init__(self) -> None:
+        if not str(self.checkpoint_dir):
+            raise ConfigError("checkpoint_dir is empty: name a folder or a URL")
+        _choice("metric_mode", self.metric_mode, ("min", "max"))
+        _choice("on_busy", self.on_busy, ("wait", "skip", "raise"))
+        _choice("mode", self.mode, ("sharded", "full"))
+        for name in ("save_total_limit", "save_every_steps", "save_every_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value!r}: want a positive number, or None")
+        for name in ("threads", "timeout_s", "agree_every_steps", "preemption_budget_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: want a positive number")
+        for name in ("retries", "max_consecutive_failures", "orphan_grace_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: want zero or more")
+        for name in ("per_rank", "drop_on_resize", "preemption_signals"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: want a sequence of names, not one string")
+        both = set(self.per_rank) & set(self.drop_on_resize)
+        if both:
+            raise ConfigError(f"{sorted(both)} are in per_rank and in drop_on_resize: choose one")
+
+    def public(self) -> dict[str, Any]:
+        """Return the settings that are plain values, for provenance; never the root, which may carry secrets."""
+        plain = (str, int, float, bool, type(None))
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.name != "checkpoint_dir" and isinstance(getattr(self, f.name), plain)}
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: want one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,314 @@
+"""Reading boxes of a committed checkpoint into live tensors; every byte that is used is verified first.
+
+A wanted box is intersected with the saved boxes of the shards that can hold it. The unit of reading is the block:
+one whose bytes go to one contiguous place is read straight into the tensor and hashed there, any other is read into
+a scratch buffer, hashed, and scattered. Nothing is gathered, and no rank reads for another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
+from distckpt.dcp.leaves import byte_view, torch_dtype
+from distckpt.dcp.planner import layout_of
+from distckpt.errors import IncompatibleState, ShardError, StoreError
+from distckpt.format import digest as digests
+from distckpt.format.box_reader import open_shard
+from distckpt.format.dtypes import itemsize
+from distckpt.format.layout import candidate_ranks
+from distckpt.format.manifest import Manifest
+from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.storage.base import Store
+
+REQUEST = 8 << 20
+"""Bytes that one request reads at most; neighbouring blocks are joined up to this size."""
+GAP = 256 << 10
+"""Blocks of one file with at most this many unwanted bytes between them are read in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A box of a saved tensor and the tensor (any device, any strides, of ``box.sizes``) to put it in."""
+
+    fqn: str
+    box: Box
+    target: torch.Tensor
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """Counters of one read: bytes asked for, bytes read from storage, requests, shard headers opened."""
+
+    wanted_bytes: int = 0
+    read_bytes: int = 0
+    requests: int = 0
+    headers: int = 0
+    mismatches: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockRead:
+    """One block of a stored box and what of it goes where. ``start`` is the file offset; ``first`` the element."""
+
+    stored: StoredBox
+    rank: int
+    start: int
+    nbytes: int
+    digest: str
+    first: int
+    wants: tuple[Want, ...]
+
+
+class CheckpointReader:
+    """Reads one committed checkpoint. Headers are opened as they are needed and kept; safe to use from threads.
+
+    ``folder`` is the step folder's name on the store.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, folder: str) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.folder = folder
+        self.stats = ReadStats()
+        self._headers: dict[int, ShardHeader] = {}
+        self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
+        self._lock = threading.Lock()
+
+    def shard_path(self, shard: int) -> str:
+        """Return the name on the store of a shard."""
+        return f"{self.folder}/{self.manifest.shards[shard].path}"
+
+    def header(self, shard: int) -> ShardHeader:
+        """Return a shard's header, checked against the manifest; raises ``ShardError``."""
+        with self._lock:
+            found = self._headers.get(shard)
+        if found is None:
+            found = open_shard(self.store, self.manifest, self.folder, shard)
+            boxes: dict[str, list[StoredBox]] = defaultdict(list)
+            for box in found.boxes:
+                boxes[box.fqn].append(box)
+            with self._lock:
+                self._headers[shard] = found
+                self._boxes[shard] = boxes
+                self.stats.headers += 1
+        return found
+
+    def resolve(self, fqn: str) -> str:
+        """Return the name under which a tensor is stored (follows an alias)."""
+        return self.manifest.aliases.get(fqn, fqn)
+
+    def overlapping(self, fqn: str, box: Box) -> list[tuple[int, StoredBox]]:
+        """Return (shard, stored box) for every stored box that shares elements with ``box``; opens only those shards."""
+        name = self.resolve(fqn)
+        entry = self.manifest.tensors[name]
+        if len(self.manifest.shards) == 1:
+            ranks: Iterable[int] = (0,)
+        else:
+            ranks = sorted(candidate_ranks(entry.shape, layout_of(entry, self.manifest.meshes), box))
+        found = []
+        for shard in ranks:
+            self.header(shard)
+            found += [(shard, s) for s in self._boxes[shard].get(name, ()) if s.box.intersect(box)]
+        return found
+
+    def read(self, wants: Sequence[Want], *, threads: int = 4, compare: bool = False,
+             progress: Callable[[int], None] | None = None) -> ReadStats:
+        """Fill every want's target, or with ``compare`` only compare it with storage, bit for bit.
+
+        Differences end up in ``stats.mismatches`` as texts that name FQN and box. Raises ``ShardError`` for
+        damage (file, tensor, rank named) and ``IncompatibleState`` where the checkpoint lacks a part of a want.
+        """
+        by_shard: dict[int, list[_BlockRead]] = defaultdict(list)
+        for block in self._plan(wants):
+            by_shard[block.rank].append(block)
+        requests = [(shard, group) for shard, blocks in sorted(by_shard.items()) for group in _coalesce(blocks)]
+
+        def run(request: tuple[int, list[_BlockRead]]) -> None:
+            nbytes = self._request(*request, compare=compare)
+            if progress is not None:
+                progress(nbytes)
+
+        if threads <= 1 or len(requests) <= 1:
+            for request in requests:
+                run(request)
+            return self.stats
+        with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix="distckpt-read") as pool:
+            futures = [pool.submit(run, request) for request in requests]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+        return self.stats
+
+    def _plan(self, wants: Sequence[Want]) -> Iterator[_BlockRead]:
+        """Yield every block that holds a wanted element, once, with all the wants that it serves."""
+        by_block: dict[tuple[int, int, int], tuple[StoredBox, list[Want]]] = {}
+        for want in wants:
+            if tuple(want.target.shape) != want.box.sizes:
+                raise IncompatibleState(f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}")
+            if not want.box.numel:
+                continue
+            self.stats.wanted_bytes += want.box.numel * want.target.element_size()
+            covered = 0
+            for shard, stored in self.overlapping(want.fqn, want.box):
+                common = want.box.intersect(stored.box)
+                assert common is not None
+                covered += common.numel
+                block = self._headers[shard].block
+                for number in _touched_blocks(stored, common, block):
+                    by_block.setdefault((shard, stored.start, number), (stored, []))[1].append(want)
+            if covered != want.box.numel:
+                raise IncompatibleState(
+                    f"{want.fqn}: checkpoint at {self.folder} holds {covered} of the {want.box.numel} elements of box "
+                    f"{want.box.offsets}+{want.box.sizes}"
+                )
+        for (shard, start, number), (stored, served) in by_block.items():
+            block = self._headers[shard].block
+            nbytes = min(block, stored.nbytes - number * block)
+            first = number * block // itemsize(stored.dtype)
+            yield _BlockRead(stored, shard, start + number * block, nbytes, stored.digests[number], first, tuple(served))
+
+    def _request(self, shard: int, blocks: list[_BlockRead], *, compare: bool) -> int:
+        path = self.shard_path(shard)
+        start, stop = blocks[0].start, blocks[-1].start + blocks[-1].nbytes
+        direct = None if compare else _direct_target(blocks, stop - start)
+        buffer = direct if direct is not None else memoryview(bytearray(stop - start))
+        try:
+            self.store.read_into(path, start, buffer)
+        except StoreError as error:
+            raise ShardError(f"{path}: bytes {start}..{stop} of rank {shard}'s shard cannot be read: {error}") from error
+        with self._lock:
+            self.stats.read_bytes += stop - start
+            self.stats.requests += 1
+        for block in blocks:
+            data = buffer[block.start - start : block.start - start + block.nbytes]
+            if digests.digest(data) != block.digest:
+                raise ShardError(
+                    f"{path}: bytes {block.start}..{block.start + block.nbytes} of {block.stored.fqn} (written by rank "
+                    f"{shard}) do not match their digest; the file is damaged: fall back to an older checkpoint"
+                )
+            if direct is None:
+                self._scatter(block, data, compare)
+        return stop - start
+
+    def _scatter(self, block: _BlockRead, data: memoryview, compare: bool) -> None:
+        stored = block.stored
+        dtype = torch_dtype(stored.dtype)
+        values = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+        count = values.numel()
+        at = 0
+        for region in flat_range_to_boxes(stored.box.sizes, block.first, block.first + count):
+            piece = values[at : at + region.numel].reshape(region.sizes)
+            at += region.numel
+            absolute = region.moved_by(stored.box.offsets)
+            for want in block.wants:
+                common = absolute.intersect(want.box)
+                if common is None:
+                    continue
+                target = want.target[_slices(common.relative_to(want.box.offsets))]
+                found = piece[_slices(common.relative_to(absolute.offsets))]
+                if not compare:
+                    target.copy_(found)
+                elif not _same_bits(target, found):
+                    with self._lock:
+                        self.stats.mismatches.append(f"{want.fqn} box {common.offsets}+{common.sizes}")
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
+
+
+def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:
+    if live.dtype != saved.dtype:
+        return False
+    a, b = live.detach().cpu().contiguous().reshape(-1), saved.contiguous().reshape(-1)
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _touched_blocks(stored: StoredBox, common: Box, block: int) -> list[int]:
+    """Return the numbers of the stored box's blocks that hold elements of ``common``, in order.
+
+    ``common`` is a set of equal runs at equal strides; runs are walked along the slowest dimensions only, so a column
+    cut of wide rows skips the blocks between its runs.
+    """
+    size = itemsize(stored.dtype)
+    inner = common.relative_to(stored.box.offsets)
+    flat = is_flat_range(inner, stored.box.sizes)
+    if flat is not None:
+        return list(range(flat[0] * size // block, (flat[1] * size - 1) // block + 1))
+    row = stored.nbytes // stored.box.sizes[0]
+    sub_shape, sub = stored.box.sizes[1:], Box(inner.offsets[1:], inner.sizes[1:])
+    low, high = _span(sub, sub_shape)
+    touched: list[int] = []
+    for index in range(inner.offsets[0], inner.ends[0]):
+        first = (index * row + low * size) // block
+        last = (index * row + high * size - 1) // block
+        if touched and first <= touched[-1]:
+            first = touched[-1] + 1
+        touched.extend(range(first, last + 1))
+    return touched
+
+
+def _span(box: Box, shape: Sequence[int]) -> tuple[int, int]:
+    low = high = 0
+    for offset, end, extent in zip(box.offsets, box.ends, shape, strict=True):
+        low, high = low * extent + offset, high * extent + end - 1
+    return low, high + 1
+
+
+def _coalesce(blocks: list[_BlockRead]) -> Iterator[list[_BlockRead]]:
+    """Join neighbouring blocks into requests; blocks that can be read in place are joined only with their like."""
+    blocks.sort(key=lambda b: b.start)
+    current: list[_BlockRead] = []
+    for block in blocks:
+        if current:
+            last = current[-1]
+            gap = block.start - (last.start + last.nbytes)
+            long = block.start + block.nbytes - current[0].start > REQUEST
+            if long or gap > GAP or (gap and _in_place(current)) or not _joinable(current, block):
+                yield current
+                current = []
+        current.append(block)
+    if current:
+        yield current
+
+
+def _joinable(current: list[_BlockRead], block: _BlockRead) -> bool:
+    """Small blocks join anything; a large one that can go in place must continue the same stored box and want."""
+    if block.nbytes < GAP and not (_in_place(current) and current[0].nbytes >= GAP):
+        return True
+    return current[0].stored is block.stored and current[0].wants == block.wants
+
+
+def _in_place(blocks: list[_BlockRead]) -> bool:
+    return _direct_target(blocks, blocks[-1].start + blocks[-1].nbytes - blocks[0].start) is not None
+
+
+def _direct_target(blocks: list[_BlockRead], nbytes: int) -> memoryview | None:
+    """Return the bytes of the target where a run of blocks of one stored box belongs as it is, or None."""
+    first = blocks[0]
+    stored = first.stored
+    if len(first.wants) != 1 or any(b.stored is not stored or b.wants != first.wants for b in blocks[1:]):
+        return None
+    want = first.wants[0]
+    target = want.target
+    if target.device.type != "cpu" or not target.is_contiguous() or target.dtype != torch_dtype(stored.dtype):
+        return None
+    common = want.box.intersect(stored.box)
+    assert common is not None
+    source = is_flat_range(common.relative_to(stored.box.offsets), stored.box.sizes)
+    place = is_flat_range(common.relative_to(want.box.offsets), want.box.sizes)
+    size = itemsize(stored.dtype)
+    if source is None or place is None or first.first < source[0] or first.first + nbytes // size > source[1]:
+        return None
+    begin = (place[0] + first.first - source[0]) * size
+    return byte_view(target)[begin : begin + nbytes]

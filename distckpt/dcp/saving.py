@@ -1,0 +1,348 @@
+"""One save, on every rank: agree on a plan, write the shards, gather receipts, commit or fail together.
+
+The store of the agreement carries a few bytes per rank; the training process group is never used. A save goes
+through three rounds: plan (on the training thread: digests of what each rank holds), begin, commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from distckpt import clock, failpoints
+from distckpt.clock import Deadline
+from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
+from distckpt.dcp.planner import (
+    Plan,
+    Row,
+    Table,
+    check_tiling,
+    decode_table,
+    encode_table,
+    gathered,
+    manifest_tensors,
+    merge_tables,
+    pieces_digest,
+    pieces_for,
+)
+from distckpt.dcp.replicas import check_replicas
+from distckpt.dcp.writer import Source, WrittenShard, write_shard
+from distckpt.errors import (
+    AgreementError,
+    CommitInDoubt,
+    DistckptError,
+    IncompatibleState,
+    LayoutChanged,
+    ReplicasDiffer,
+    SaveFailed,
+    StaleGeneration,
+    UnserializableState,
+)
+from distckpt.format import digest as digests
+from distckpt.format import names, typed_json
+from distckpt.format.commit import begin_attempt, commit, is_committed
+from distckpt.format.manifest import Manifest, ShardEntry
+from distckpt.format.shard import Piece
+from distckpt.storage.base import Store
+
+log = logging.getLogger("distckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class AgreedPlan:
+    """A plan that all ranks have. ``id`` stands for all ranks' tables; ``expected`` (leader) for all ranks' pieces.
+
+    ``held`` says who holds what, ``written`` who writes what: the same, except in a full save.
+    """
+
+    id: str
+    held: Plan
+    written: Plan
+    pieces: tuple[Piece, ...]
+    expected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What one save stores besides tensors; the same on all ranks except ``objects`` and ``replicas``.
+
+    ``objects`` are encoded (typed JSON) by name. ``replicas`` are digests of replicated values, sent on the first
+    save of a structure.
+    """
+
+    save_id: str
+    step: int
+    generation: int
+    epoch: int | float | None = None
+    engine: str = "torch"
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
+    provenance: Any = None
+    software: Mapping[str, str] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    replicas: Mapping[str, str] | None = None
+
+
+class _Receipt(msgspec.Struct, array_like=True):
+    size: int
+    header: str
+    nbytes: int
+    pieces: str
+    objects: dict[str, str]
+    sourced: dict[str, bytes]
+    replicas: dict[str, str] | None
+
+
+def table_of(state: State) -> Table:
+    """Return the structure of a state: what the plan depends on."""
+    rows = {fqn: Row(leaf.dtype, leaf.shape, leaf.layout) for fqn, leaf in sorted(state.tensors.items())}
+    objects = {name: leaf.kind for name, leaf in sorted(state.objects.items())}
+    return Table(rows, dict(sorted(state.aliases.items())), objects)
+
+
+def agree_plan(
+    agreement: Agreement, key: str, table: Table, cached: AgreedPlan | None, *, step: int, timeout_s: float, full: bool = False
+) -> AgreedPlan:
+    """Return the plan for all ranks' tables: the cached one if no rank's table changed since, else a new one.
+
+    One round in which each rank sends two digests; only tables that changed are sent, each distinct one once.
+    ``full``: rank 0 writes every tensor whole (see ``dcp/full.py``).
+    """
+    encoded = encode_table(table)
+    digest = digests.digest(encoded)
+    known = cached.id if cached is not None else ""
+    if not known:
+        agreement.post_blob(digest, encoded)
+
+    def decide(payloads: list[bytes]) -> bytes:
+        steps, found, plans = zip(*(msgspec.json.decode(p) for p in payloads), strict=True)
+        if len(set(steps)) > 1:
+            raise SaveFailed(f"ranks save different steps: {list(steps)[:16]}")
+        distinct = sorted(set(found))
+        order = [distinct.index(d) for d in found] if len(distinct) > 1 else []
+        agreed = digests.digest(msgspec.json.encode([distinct, order]))
+        return msgspec.json.encode([agreed, [], []] if set(plans) == {agreed} else [agreed, distinct, order])
+
+    payload = msgspec.json.encode([step, digest, known])
+    verdict = agreement.round(f"{key}/plan", payload, decide, deadline=Deadline.after(timeout_s))
+    agreed, distinct, which = msgspec.json.decode(verdict)
+    if not distinct:
+        assert cached is not None
+        return cached
+    agreement.post_blob(digest, encoded)
+    tables = {d: table if d == digest else decode_table(agreement.get_blob(d)) for d in distinct}
+    order = [distinct[i] for i in which] or [distinct[0]] * agreement.world_size
+    held = merge_tables([tables[d] for d in order])
+    plan = gathered(held) if full else held
+    if not agreement.is_leader:
+        return AgreedPlan(agreed, held, plan, tuple(pieces_for(plan, agreement.rank)))
+    by_rank = [pieces_for(plan, rank) for rank in range(agreement.world_size)]
+    check_tiling(plan, by_rank)
+    return AgreedPlan(agreed, held, plan, tuple(by_rank[0]), tuple(map(pieces_digest, by_rank)))
+
+
+def encode_objects(state: State) -> dict[str, Any]:
+    """Return every object as typed JSON; ``UnserializableState`` names the key path of what cannot be stored."""
+    return {name: typed_json.encode(leaf.value, where=f"$.{name}") for name, leaf in state.objects.items()}
+
+
+def write_and_commit(
+    agreement: Agreement,
+    store: Store,
+    agreed: AgreedPlan,
+    request: SaveRequest,
+    source: Source,
+    *,
+    threads: int,
+    timeout_s: float,
+    before_write: Callable[[], None] = lambda: None,
+) -> str:
+    """Write this rank's shard, and commit the checkpoint with all others; returns the manifest's name on the store.
+
+    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there).
+    Every rank gets the same answer. Raises ``SaveFailed`` (or ``StaleGeneration``, ``LayoutChanged``,
+    ``ReplicasDiffer``) with all failed ranks' causes; ``CommitInDoubt`` where storage could not be asked either.
+    """
+    deadline = Deadline.after(timeout_s)
+    try:
+        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write)
+    except AgreementError as error:
+        return _resolve(store, request, error)
+
+
+def _attempt(
+    agreement: Agreement,
+    store: Store,
+    agreed: AgreedPlan,
+    request: SaveRequest,
+    source: Source,
+    threads: int,
+    deadline: Deadline,
+    before_write: Callable[[], None],
+) -> str:
+    failpoints.hit("save.begin", request.save_id)
+    begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
+
+    def begin(_: list[bytes]) -> bytes:
+        return begin_attempt(store, step=request.step, generation=request.generation, nonce=uuid.uuid4().hex[:8]).encode()
+
+    attempt = agreement.round(begin_key, b"", begin, deadline=deadline).decode()
+    failpoints.hit("save.begun", request.save_id)
+    with agreement.guard(commit_key):
+        folder = f"{names.step_folder(request.step)}/{attempt}"
+        path = f"{attempt}/{names.shard_name(agreement.rank, agreement.world_size)}"
+        own = {n: v for n, v in request.objects.items() if agreed.written.objects[n] in (PER_RANK, DROP_ON_RESIZE)}
+        before_write()
+        written = write_shard(
+            store,
+            f"{names.step_folder(request.step)}/{path}",
+            agreed.pieces,
+            source,
+            rank=agreement.rank,
+            world_size=agreement.world_size,
+            save_id=request.save_id,
+            objects=own,
+            threads=threads,
+            stopped=_watch(agreement, commit_key),
+        )
+        store.sync_folder(folder)
+        failpoints.hit("save.synced", request.save_id)
+        receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written))
+
+    def decide(payloads: list[bytes]) -> bytes:
+        receipts = [msgspec.msgpack.decode(p, type=_Receipt) for p in payloads]
+        return commit(store, _manifest(agreed, request, attempt, receipts)).encode()
+
+    failpoints.hit("save.receipt", request.save_id)
+    path = agreement.round(commit_key, receipt, decide, deadline=deadline).decode()
+    failpoints.hit("save.verdict", request.save_id)
+    return path
+
+
+def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
+    """Return a check for a peer's failure that several writer threads may call: one asks, the others go on."""
+    lock = threading.Lock()
+
+    def stopped() -> str | None:
+        if not lock.acquire(blocking=False):
+            return None
+        try:
+            return agreement.aborted(key)
+        finally:
+            lock.release()
+
+    return stopped
+
+
+def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard) -> _Receipt:
+    shared = {n: typed_json.canonical(v) for n, v in request.objects.items() if agreed.written.objects[n] in (REPLICATED, GROUPS)}
+    return _Receipt(
+        size=written.size,
+        header=written.header,
+        nbytes=written.nbytes,
+        pieces=pieces_digest(agreed.pieces),
+        objects={n: digests.digest(v) for n, v in shared.items() if agreed.written.objects[n] == REPLICATED},
+        sourced={n: v for n, v in shared.items() if rank in agreed.written.sources[n]},
+        replicas=dict(request.replicas) if request.replicas is not None else None,
+    )
+
+
+def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
+    """Check all receipts against the plan and put the manifest together (leader only)."""
+    wrong = [rank for rank, (r, want) in enumerate(zip(receipts, agreed.expected, strict=True)) if r.pieces != want]
+    if wrong:
+        raise LayoutChanged(f"step {request.step}: ranks {wrong} wrote other boxes than planned; the next save plans afresh")
+    if any(r.replicas is not None for r in receipts):
+        check_replicas(agreed.held, [r.replicas or {} for r in receipts])
+    meshes, tensors = manifest_tensors(agreed.written)
+    world = len(receipts)
+    return Manifest(
+        step=request.step,
+        epoch=request.epoch,
+        time=clock.utc_text(),
+        generation=request.generation,
+        attempt=attempt,
+        save_id=request.save_id,
+        world_size=world,
+        engine=request.engine,
+        meshes=meshes,
+        tensors=tensors,
+        aliases=dict(agreed.written.aliases),
+        objects=_merged_objects(agreed.written, receipts),
+        per_rank=sorted(n for n, k in agreed.written.objects.items() if k in (PER_RANK, DROP_ON_RESIZE)),
+        metrics={k: typed_json.encode(v) for k, v in request.metrics.items()},
+        config=typed_json.encode(request.config, where="$.model_config"),
+        provenance=typed_json.encode(request.provenance, where="$.provenance"),
+        software=dict(request.software),
+        shards=[
+            ShardEntry(path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size, header=r.header)
+            for rank, r in enumerate(receipts)
+        ],
+    )
+
+
+def _merged_objects(plan: Plan, receipts: list[_Receipt]) -> dict[str, Any]:
+    """Compare replicated objects over the ranks that have them, and merge param groups by position."""
+    merged: dict[str, Any] = {}
+    for name, kind in plan.objects.items():
+        if kind == REPLICATED:
+            by_digest: dict[str, list[int]] = {}
+            for rank, receipt in enumerate(receipts):
+                if name in receipt.objects:
+                    by_digest.setdefault(receipt.objects[name], []).append(rank)
+            if len(by_digest) > 1:
+                raise ReplicasDiffer(
+                    f"object {name!r} differs between ranks {' / '.join(map(str, by_digest.values()))}; make it equal, or "
+                    f"declare it per rank: CheckpointConfig(per_rank=({name.split('.')[0]!r},))"
+                )
+        if kind in (REPLICATED, GROUPS):
+            values = [typed_json.loads(receipts[rank].sourced[name]) for rank in plan.sources[name]]
+            value = values[0] if kind == REPLICATED else merge_groups(name, values)
+            merged[name] = typed_json.encode(value, where=f"$.{name}")
+    return merged
+
+
+def merge_groups(name: str, by_rank: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Merge optimizer param groups of ranks that hold different parameters: same position, same settings."""
+    merged: list[dict[str, Any]] = []
+    for groups in by_rank:
+        for position, group in enumerate(groups):
+            if position == len(merged):
+                merged.append({**group, "params": list(group["params"])})
+                continue
+            base = merged[position]
+            if {k: v for k, v in base.items() if k != "params"} != {k: v for k, v in group.items() if k != "params"}:
+                raise ReplicasDiffer(f"{name}[{position}] has other settings on some ranks; give all stages the same groups")
+            base["params"] += [p for p in group["params"] if p not in base["params"]]
+    return merged
+
+
+def _resolve(store: Store, request: SaveRequest, error: AgreementError) -> str:
+    """Turn a failed agreement into the verdict: storage is the truth where the message did not arrive."""
+    folder = names.step_folder(request.step)
+    if error.in_doubt:
+        try:
+            committed = is_committed(store, request.step, request.generation, request.save_id)
+        except OSError as unreadable:
+            raise CommitInDoubt(
+                f"step {request.step}: no verdict ({error}), and storage cannot be asked ({unreadable}); the next start finds out"
+            ) from error
+        if committed:
+            log.warning("step %d: no verdict from rank 0, but storage holds the commit: %s", request.step, error)
+            return f"{folder}/{names.manifest_name(request.generation)}"
+    raise save_error(request.step, error) from error
+
+
+def save_error(step: int, error: AgreementError) -> DistckptError:
+    """Return the first cause's own kind of error where callers act on it, else ``SaveFailed``."""
+    kinds: tuple[type[DistckptError], ...] = (StaleGeneration, LayoutChanged, ReplicasDiffer, IncompatibleState, UnserializableState)
+    first = error.failures[0].kind if error.failures else ""
+    kind = next((k for k in kinds if k.__name__ == first), SaveFailed)
+    return kind(f"step {step} was not committed: {error}")

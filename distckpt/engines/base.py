@@ -1,0 +1,40 @@
+"""The Engine protocol: how a training engine's live model and optimizer become leaves, and take them back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from distckpt.dcp.leaves import State
+
+MODEL, OPTIM_STATE, OPTIM_GROUPS = "model.", "optim.state.", "optim.param_groups"
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What the manager asks of an engine. All methods are called on the training thread, on every rank."""
+
+    name: str
+
+    def state(self, *, optimizer: bool) -> State:
+        """Return the live state as leaves that share memory with it; allocates nothing and changes nothing."""
+
+    def prepare(self, saved: Mapping[str, tuple[str, tuple[int, ...]]], *, optimizer: bool) -> State:
+        """Return the leaves to load into, after making room for saved optimizer state that does not exist yet.
+
+        ``saved`` maps every saved FQN to (dtype name, global shape).
+        """
+
+    def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
+        """Take over what was loaded: tensors that are not in place, param groups, other saved values."""
+
+
+def clean_fqn(name: str, *, unwrap: bool = True) -> str:
+    """Return an FQN without the parts that DDP, FSDP1, ``torch.compile`` and activation checkpointing insert.
+
+    A model with a real submodule called ``module`` keeps it: pass ``unwrap=False`` for names of unwrapped models.
+    """
+    return _WRAPPERS.sub("", name) if unwrap else name

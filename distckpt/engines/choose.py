@@ -1,0 +1,74 @@
+"""Which engine adapter fits what the user handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distckpt.engines.base import Engine
+from distckpt.engines.fsdp1 import FSDP1Engine, has_fsdp1
+from distckpt.engines.torch import TorchEngine
+from distckpt.errors import ConfigError
+
+
+def engine_for(model: Any, optimizer: Any, engine: Any = None) -> Engine:
+    """Return the adapter for a model and its optimizer(s), or for an engine object.
+
+    ``model``: one module, or a list or dict of them (pipeline stages of this rank). ``optimizer``: None, one, or
+    a list or dict of them.
+    """
+    if engine is not None:
+        if model is not None or optimizer is not None:
+            raise ConfigError("give either engine=, which holds its model and optimizer, or model= and optimizer=")
+        if isinstance(engine, Engine):
+            return engine
+        raise ConfigError(f"engine={type(engine).__name__} is not an engine that distckpt knows; pass model= and optimizer=")
+    module = _one_module(model)
+    optimizers = tuple(_each(optimizer))
+    for single in optimizers:
+        if not isinstance(single, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer={type(single).__name__}: want a torch.optim.Optimizer, or a list or dict of them")
+    return FSDP1Engine(module, optimizers) if has_fsdp1(module) else TorchEngine(module, optimizers)
+
+
+def _one_module(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, (list, tuple)) and model and all(isinstance(m, nn.Module) for m in model):
+        return _Stages(model)
+    if isinstance(model, Mapping) and model:
+        return nn.ModuleDict(model)
+    raise ConfigError(f"model={type(model).__name__}: want an nn.Module, a list of pipeline stages, or a dict of modules")
+
+
+def _each(optimizer: Any) -> Iterable[Any]:
+    if optimizer is None:
+        return ()
+    if isinstance(optimizer, Mapping):
+        return optimizer.values()
+    return optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)
+
+
+class _Stages(nn.Module):
+    """Several pipeline stages of one rank as one module, with their FQNs as they are."""
+
+    def __init__(self, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._stages = tuple(stages)
+        for stage in self._stages:
+            for name, child in stage.named_children():
+                if name in self._modules:
+                    self._modules[name] = _merged(self._modules[name], child)
+                else:
+                    self.add_module(name, child)
+            for name, parameter in stage.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+
+
+def _merged(first: nn.Module | None, second: nn.Module) -> nn.Module:
+    if not (isinstance(first, nn.ModuleDict) and isinstance(second, nn.ModuleDict)):
+        raise ConfigError("two pipeline stages of this rank have a submodule of the same name; give them as a dict")
+    return nn.ModuleDict({**first, **second})

@@ -1,0 +1,231 @@
+"""Torch-native models: one process, DDP, FSDP2, HSDP, tensor parallel, any mix, pipeline stages.
+
+Parameters and optimizer state are read and written in place, as they lie on each rank. Nothing is gathered, no
+collective is called, and the optimizer is never stepped to make room for its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distckpt.dcp.leaves import (
+    GROUPS,
+    State,
+    dtype_name,
+    flatten_tree,
+    torch_dtype,
+    tree_refs,
+    unflatten_tree,
+)
+from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, clean_fqn
+from distckpt.errors import IncompatibleState
+
+Saved = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class TorchEngine:
+    """Adapter for ``nn.Module`` and ``torch.optim.Optimizer``; several optimizers share one namespace by FQN."""
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        self.model = model
+        self.optimizers = tuple(optimizers)
+        self._copies: dict[str, tuple[str, torch.Tensor]] = {}
+
+    def state(self, *, optimizer: bool) -> State:
+        """See ``Engine.state``. Tensors are named ``model.<FQN>`` and ``optim.state.<FQN>.<key>``."""
+        state = State()
+        self._add_model(state)
+        if optimizer and self.optimizers:
+            self._add_optimizers(state)
+        return state
+
+    def prepare(self, saved: Saved, *, optimizer: bool) -> State:
+        """See ``Engine.prepare``. State that the checkpoint has and the optimizer not yet is allocated like its parameter."""
+        if optimizer:
+            self._allocate(saved)
+        return self.state(optimizer=optimizer)
+
+    def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
+        """See ``Engine.finish``."""
+        extra: dict[str, Any] = {key: t for name, (key, t) in self._copies.items() if name in loaded}
+        for key in self.model.state_dict():
+            name = MODEL + clean_fqn(key)
+            if name in objects:
+                extra[key] = objects[name]
+        if extra:
+            self.model.load_state_dict(extra, strict=False)
+        if optimizer:
+            self._finish_state(objects)
+            if OPTIM_GROUPS in objects:
+                self._finish_groups(objects[OPTIM_GROUPS])
+
+    def _add_model(self, state: State) -> None:
+        tensors = self.model.state_dict()  # first: under FSDP2 it reshards what forward left unsharded
+        live = {clean_fqn(n): t for n, t in _named_tensors(self.model)}
+        first: dict[int, str] = {}
+        self._copies = {}
+        for key, value in tensors.items():
+            name = MODEL + clean_fqn(key)
+            if not isinstance(value, torch.Tensor):
+                state.add_object(name, value)
+                continue
+            source = live.get(clean_fqn(key))
+            if source is not None and id(source) in first:
+                state.aliases[name] = first[id(source)]
+                continue
+            if source is None or _address(source) != _address(value):
+                self._copies[name] = (key, value)  # a state_dict hook made it: loading must go through load_state_dict
+            elif source is not None:
+                first[id(source)] = name
+            state.add_tensor(name, value)
+
+    def _params(self) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], list[str]]]:
+        """Yield (optimizer, param group, FQNs of its params)."""
+        names: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), clean_fqn(name))
+        for optimizer in self.optimizers:
+            for position, group in enumerate(optimizer.param_groups):
+                fqns = []
+                for index, parameter in enumerate(group["params"]):
+                    if id(parameter) not in names:
+                        raise IncompatibleState(
+                            f"parameter {index} (shape {tuple(parameter.shape)}) of group {position} of "
+                            f"{type(optimizer).__name__} is not a parameter of the model; give the manager the module that "
+                            "owns it, after wrapping (FSDP2 replaces parameters: build the optimizer after fully_shard)"
+                        )
+                    fqns.append(names[id(parameter)])
+                yield optimizer, group, fqns
+
+    def _add_optimizers(self, state: State) -> None:
+        groups = []
+        for optimizer, group, fqns in self._params():
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": fqns})
+            for fqn, parameter in zip(fqns, group["params"], strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    add_value(state, f"{OPTIM_STATE}{fqn}.{key}", value)
+        add_tied_state(state)
+        state.add_object(OPTIM_GROUPS, groups, GROUPS)
+
+    def _allocate(self, saved: Saved) -> None:
+        wanted = split_state_names(saved, (f for _, _, fqns in self._params() for f in fqns))
+        for optimizer, group, fqns in self._params():
+            for fqn, parameter in zip(fqns, group["params"], strict=True):
+                keys = wanted.get(fqn, {})
+                if not keys:
+                    optimizer.state.pop(parameter, None)  # saved before its first step: go back to that
+                    continue
+                live = optimizer.state[parameter]
+                for key, name in keys.items():
+                    if "." not in key and not isinstance(live.get(key), torch.Tensor):
+                        live[key] = _room_for(name, key, parameter, group, *saved[name])
+
+    def _finish_state(self, objects: Mapping[str, Any]) -> None:
+        for optimizer, group, fqns in self._params():
+            for fqn, parameter in zip(fqns, group["params"], strict=True):
+                prefix = f"{OPTIM_STATE}{fqn}."
+                for name, value in objects.items():
+                    if name.startswith(prefix) and "." not in name[len(prefix) :]:
+                        live = optimizer.state[parameter]
+                        key = name[len(prefix) :]
+                        tensors = dict(flatten_tree(name, live.get(key))[0]) if any(tree_refs(value)) else {}
+                        live[key] = unflatten_tree(value, tensors)
+
+    def _finish_groups(self, saved: list[dict[str, Any]]) -> None:
+        for _, group, fqns in self._params():
+            for key, value in group_settings(saved, fqns).items():
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, (torch.Tensor, int, float)):
+                    group[key].copy_(torch.as_tensor(value))
+                else:
+                    group[key] = value
+
+
+def group_settings(saved: list[dict[str, Any]], fqns: Sequence[str]) -> dict[str, Any]:
+    """Return the saved settings (lr, betas, ...) of the parameters that form one group here.
+
+    Raises ``IncompatibleState`` if one of them has none, or if they were in groups with different settings.
+    """
+    by_fqn = {fqn: group for group in saved for fqn in group["params"]}
+    absent = [fqn for fqn in fqns if fqn not in by_fqn]
+    if absent:
+        raise IncompatibleState(f"the checkpoint has no optimizer settings for {absent[:5]}; were they frozen then?")
+    found = [{k: v for k, v in by_fqn[fqn].items() if k != "params"} for fqn in fqns]
+    if any(settings != found[0] for settings in found):
+        raise IncompatibleState(
+            f"parameters {fqns[0]} … {fqns[-1]} are in one optimizer group here but in several in the checkpoint, with other "
+            "settings; build the optimizer with the same groups, or load with load_optimizer=False"
+        )
+    return found[0] if found else {}
+
+
+def add_value(state: State, name: str, value: Any) -> None:
+    """Add an optimizer value: a tensor, a plain value, or a container with tensors in it."""
+    if isinstance(value, torch.Tensor):
+        state.add_tensor(name, value)
+        return
+    tensors, tree = flatten_tree(name, value)
+    state.add_object(name, tree)
+    for fqn, tensor in tensors.items():
+        state.add_tensor(fqn, tensor)
+
+
+def add_tied_state(state: State) -> None:
+    """Give the optimizer state of tied parameters their other names too: a pipeline stage may know only one of them."""
+    tied: dict[str, list[str]] = {}
+    for alias, target in list(state.aliases.items()):
+        tied.setdefault(target.removeprefix(MODEL), []).append(alias.removeprefix(MODEL))
+    for fqn, keys in split_state_names(state.tensors, tied).items():
+        for alias in tied[fqn]:
+            for key, name in keys.items():
+                state.aliases[f"{OPTIM_STATE}{alias}.{key}"] = name
+
+
+def split_state_names(saved: Iterable[str], fqns: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return parameter FQN to {state key: saved name}, for saved names ``optim.state.<FQN>.<key>`` of these FQNs."""
+    known = set(fqns)
+    found: dict[str, dict[str, str]] = {}
+    for name in saved:
+        if not name.startswith(OPTIM_STATE):
+            continue
+        rest = name[len(OPTIM_STATE) :]
+        cut = rest.rfind(".")
+        while cut > 0:
+            if rest[:cut] in known:
+                found.setdefault(rest[:cut], {})[rest[cut + 1 :]] = name
+                break
+            cut = rest.rfind(".", 0, cut)
+    return found
+
+
+def _room_for(
+    name: str, key: str, parameter: torch.Tensor, group: Mapping[str, Any], dtype: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Allocate one optimizer state tensor as the optimizer would have: like its parameter, or a small plain tensor."""
+    if tuple(parameter.shape) == shape and shape:
+        return torch.zeros_like(parameter, dtype=torch_dtype(dtype), requires_grad=False)
+    if isinstance(parameter, DTensor) and shape:
+        raise IncompatibleState(
+            f"{name} has shape {list(shape)}, its sharded parameter {list(parameter.shape)}: its layout cannot be known "
+            "before the optimizer has made it. Take one optimizer step before loading, or load with load_optimizer=False"
+        )
+    # torch keeps `step` on the host unless a capturable or fused optimizer reads it on the device.
+    on_device = shape or group.get("capturable") or group.get("fused") or key != "step"
+    device = parameter.device if on_device else torch.device("cpu")
+    return torch.zeros(shape, dtype=torch_dtype(dtype), device=device)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, str]:
+    local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return (local.data_ptr(), dtype_name(local.dtype))

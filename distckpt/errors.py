@@ -1,0 +1,111 @@
+"""One exception tree. Every message says what happened, where (file, FQN, rank) and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class DistckptError(Exception):
+    """Base of every error that distckpt raises on purpose."""
+
+
+class CheckpointNotFound(DistckptError):
+    """No committed checkpoint where one was asked for."""
+
+
+class CorruptCheckpoint(DistckptError):
+    """Bytes on storage are not the bytes that were saved: damaged, truncated, swapped, missing or hostile."""
+
+
+class ShardError(CorruptCheckpoint):
+    """A shard file or its header is not what its manifest promises."""
+
+
+class ManifestError(CorruptCheckpoint):
+    """A manifest does not parse, does not match its digest, or contradicts itself."""
+
+
+class UnsupportedVersion(DistckptError):
+    """The checkpoint was written by a newer major version of the format."""
+
+
+class IncompatibleState(DistckptError):
+    """The live state and the saved state do not fit: names, shapes, dtypes, or layouts differ."""
+
+
+class UnserializableState(DistckptError):
+    """A value cannot be stored without pickle; the message names its key path and type."""
+
+
+class ReplicasDiffer(DistckptError):
+    """State that is declared replicated is not the same on every rank."""
+
+
+class SaveFailed(DistckptError):
+    """A save was not committed; lists every failed rank with host and cause."""
+
+
+class StaleGeneration(SaveFailed):
+    """A newer job owns this root; this job may no longer commit."""
+
+
+class CommitInDoubt(SaveFailed):
+    """Storage could not be asked whether the commit took place; the next start resolves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """What one rank raised: the exception's class name and text, and where it ran."""
+
+    rank: int
+    host: str
+    kind: str
+    message: str
+
+
+class AgreementError(DistckptError):
+    """Ranks did not reach a common verdict: a rank failed or is missing.
+
+    ``failures`` lists the ranks that raised, first cause first; ``missing`` the ranks that were not heard
+    from. ``in_doubt``: the verdict may have been taken without this rank learning it, so storage has to
+    be asked.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str = "",
+        failures: tuple[RankFailure, ...] = (),
+        missing: tuple[int, ...] = (),
+        in_doubt: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.key = key
+        self.failures = failures
+        self.missing = missing
+        self.in_doubt = in_doubt
+
+
+class AgreementTimeout(AgreementError):
+    """A rank was not heard from before the deadline; the message names it."""
+
+
+class LayoutChanged(SaveFailed):
+    """Some ranks' tensors changed since the cached plan; the next save plans afresh."""
+
+
+class ConfigError(DistckptError, ValueError):
+    """A setting is wrong; the message names the setting, the value and what is allowed."""
+
+
+class StoreError(DistckptError, OSError):
+    """Storage refused an operation; the message names the operation and the path."""
+
+
+class NotFound(StoreError):
+    """The name does not exist on the store."""
+
+
+class AlreadyExists(StoreError):
+    """The name exists on the store and is never replaced."""

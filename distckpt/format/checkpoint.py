@@ -1,0 +1,277 @@
+"""Reading checkpoints without a process group: ``open_checkpoint`` and what it gives.
+
+Every byte that leaves here was verified: manifest by its own digest, headers by the manifest, blocks by the
+headers. torch is imported only when a tensor is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from distckpt.boxes import Box
+from distckpt.errors import ConfigError, IncompatibleState, ShardError
+from distckpt.format import typed_json
+from distckpt.format.box_reader import Source, fill, open_shard, sources_tile
+from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints, locate
+from distckpt.format.dtypes import itemsize
+from distckpt.format.layout import Layout, Mesh, candidate_ranks
+from distckpt.format.lineage import Committed
+from distckpt.format.manifest import Manifest
+from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.format.verify import Mode, Progress, VerifyReport, verify
+from distckpt.storage.base import Store
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo", "list_checkpoints", "locate", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A stored tensor: torch's dtype name, global shape, the boxes it is stored in, bytes of the whole."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    nbytes: int
+
+
+def open_checkpoint(path_or_url: str | os.PathLike[str], *, strict: bool = False) -> Checkpoint:
+    """Open a root (its newest checkpoint), a step folder, or a manifest, on any store.
+
+    Only the manifest is read. From a root, a newest one that is damaged is passed over with a warning;
+    ``strict`` raises instead. Raises ``CheckpointNotFound``, ``CorruptCheckpoint``, ``UnsupportedVersion``,
+    ``StoreError``.
+    """
+    found = find_checkpoint(path_or_url, strict=strict)
+    return Checkpoint(found.store, found.committed, found.manifest)
+
+
+class Checkpoint:
+    """One committed checkpoint, read only. Headers are read when first needed and kept; thread-safe."""
+
+    def __init__(self, store: Store, committed: Committed, manifest: Manifest) -> None:
+        self.store = store
+        self.committed = committed
+        self.manifest = manifest
+        self._headers: dict[int, ShardHeader] = {}
+        self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, generation={self.generation})"
+
+    # ------------------------------------------------------------ what the manifest says
+
+    @property
+    def path(self) -> str:
+        """URL of the step folder."""
+        return f"{self.store.url}/{self.committed.folder}"
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        return self.manifest.step
+
+    @property
+    def epoch(self) -> int | float | None:
+        """The epoch, if one was given."""
+        return self.manifest.epoch
+
+    @property
+    def generation(self) -> int:
+        """The job start that wrote it."""
+        return self.manifest.generation
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks wrote it."""
+        return self.manifest.world_size
+
+    @property
+    def format_version(self) -> tuple[int, int]:
+        """(major, minor) of the format it was written in."""
+        return self.manifest.version
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics given to ``save``."""
+        return {name: self._decode(value, f"metrics.{name}") for name, value in self.manifest.metrics.items()}
+
+    @cached_property
+    def config(self) -> Any:
+        """The model configuration given to ``save``."""
+        return self._decode(self.manifest.config, "config")
+
+    @cached_property
+    def provenance(self) -> Any:
+        """What it was resumed or made from."""
+        return self._decode(self.manifest.provenance, "provenance")
+
+    @cached_property
+    def objects(self) -> dict[str, Any]:
+        """Replicated objects by name; a ``typed_json.Ref`` in one stands for the tensor of that name."""
+        return {name: self._decode(value, f"objects.{name}") for name, value in self.manifest.objects.items()}
+
+    def rank_objects(self, rank: int) -> dict[str, Any]:
+        """Return what one rank stored for itself (RNG states, ...); ``ConfigError`` for an unknown rank."""
+        if not 0 <= rank < len(self.manifest.shards):
+            raise ConfigError(f"{self.path}: no rank {rank}, only 0 to {len(self.manifest.shards) - 1}")
+        where = f"{self._shard_path(rank)}: $.objects"
+        return {
+            name: typed_json.decode(value, where=f"{where}.{name}", error=ShardError)
+            for name, value in self._header(rank).objects.items()
+        }
+
+    def _decode(self, value: Any, field: str) -> Any:
+        return typed_json.decode(value, where=f"{self.store.url}/{self.committed.manifest_path}: $.{field}")
+
+    # ------------------------------------------------------------ tensors
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor under every name, aliases included; reads all headers. Raises ``ShardError``."""
+        stored: dict[str, list[Box]] = defaultdict(list)
+        for boxes in self._open(range(len(self.manifest.shards))):
+            for fqn, held in boxes.items():
+                stored[fqn] += [box.box for box in held]
+        infos = {}
+        for fqn, entry in self.manifest.tensors.items():
+            shape = tuple(entry.shape)
+            nbytes = Box.whole(shape).numel * itemsize(entry.dtype)
+            infos[fqn] = TensorInfo(entry.dtype, shape, tuple(sorted(stored[fqn])), nbytes)
+        return infos | {alias: infos[target] for alias, target in self.manifest.aliases.items()}
+
+    def read(self, fqn: str) -> torch.Tensor:
+        """Return a whole global tensor on the CPU, in its saved dtype; every block is verified.
+
+        Raises ``IncompatibleState`` for an unknown name, ``ShardError`` naming file and tensor for damage.
+        """
+        return self.read_box(fqn, Box.whole(self.manifest.tensors[self._resolve(fqn)].shape))
+
+    def read_box(self, fqn: str, box: Box) -> torch.Tensor:
+        """Return a region of a global tensor, of shape ``box.sizes``; only blocks that it touches are read.
+
+        Memory: the result, and at most 8 MiB for each of four threads. Raises as ``read``, and
+        ``IncompatibleState`` for a box outside the tensor.
+        """
+        import torch
+
+        name = self._resolve(fqn)
+        entry = self.manifest.tensors[name]
+        whole = Box.whole(entry.shape)
+        if box.ndim != whole.ndim or not whole.contains(box) or min((*box.offsets, *box.sizes), default=0) < 0:
+            raise IncompatibleState(f"{fqn}: box {box.offsets}+{box.sizes} lies outside shape {whole.sizes}")
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise IncompatibleState(f"{self.path}: tensor {fqn!r}: this torch has no {entry.dtype}; upgrade it")
+        sources = self._sources(name, box)
+        # Before anything is allocated: files bound the sizes in headers, nothing those in a manifest.
+        sources_tile(name, sources, box, self.path)
+        octets = torch.empty(box.numel * itemsize(entry.dtype), dtype=torch.uint8)
+        if octets.numel():
+            fill(self.store, sources, box, octets.numpy().data)
+        return octets.view(dtype).reshape(box.sizes) if octets.numel() else torch.empty(box.sizes, dtype=dtype)
+
+    def state_dict(self, prefix: str = "model.") -> dict[str, torch.Tensor]:
+        """Return the tensors whose names start with ``prefix``, under the rest of their names.
+
+        Tied tensors are one tensor under several names, as they were. Raises as ``read``, and
+        ``IncompatibleState`` where no name starts so.
+        """
+        wanted = [name for name in (*self.manifest.tensors, *self.manifest.aliases) if name.startswith(prefix)]
+        if not wanted:
+            known = sorted({f"{name.split('.', 1)[0]}." for name in self.manifest.tensors})[:10]
+            raise IncompatibleState(f"{self.path}: no tensor's name starts with {prefix!r}; names start with {known}")
+        read: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(map(self._resolve, wanted)):
+            read[name] = self.read(name)
+        return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}
+
+    def verify(
+        self, mode: Mode = "quick", *, fraction: float = 0.05, seed: int = 0, progress: Progress | None = None
+    ) -> VerifyReport:
+        """Check it on storage; the report's ``.ok`` says it. Never raises for damage, never repairs."""
+        return verify(self.store, self.committed, mode=mode, fraction=fraction, seed=seed, progress=progress)
+
+    # ------------------------------------------------------------ where things are
+
+    def _resolve(self, fqn: str) -> str:
+        name = self.manifest.aliases.get(fqn, fqn)
+        if name not in self.manifest.tensors:
+            near = difflib.get_close_matches(fqn, [*self.manifest.tensors, *self.manifest.aliases], 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else f"; it has {len(self.manifest.tensors)} tensors"
+            raise IncompatibleState(f"{self.path}: no tensor {fqn!r}{hint}")
+        return name
+
+    def _shards_for(self, fqn: str, box: Box) -> list[int]:
+        """Return the shards that may hold a part of the box, by the tensor's layout in the manifest."""
+        if len(self.manifest.shards) == 1:
+            return [0]
+        with self._lock:
+            layout = self._layouts.get(fqn)
+        if layout is None:
+            layout = self._layout(fqn)
+            with self._lock:
+                self._layouts[fqn] = layout
+        return sorted(candidate_ranks(self.manifest.tensors[fqn].shape, layout, box))
+
+    def _layout(self, fqn: str) -> Layout:
+        entry = self.manifest.tensors[fqn]
+        mesh = self.manifest.meshes[entry.mesh]
+        ranks = tuple(rank for start, stop in mesh.ranks for rank in range(start, stop))
+        explicit = None
+        if entry.boxes is not None:
+            explicit = tuple(tuple(Box(tuple(o), tuple(s)) for o, s in held) for held in entry.boxes)
+        return Layout(Mesh(tuple(mesh.shape), ranks), tuple(entry.placements), explicit)
+
+    def _sources(self, fqn: str, box: Box) -> list[Source]:
+        entry, found = self.manifest.tensors[fqn], []
+        shards = self._shards_for(fqn, box) if box.numel else []
+        for index, boxes in zip(shards, self._open(shards), strict=True):
+            path = self._shard_path(index)
+            for stored in boxes.get(fqn, ()):
+                if (stored.dtype, stored.global_shape) != (entry.dtype, tuple(entry.shape)):
+                    raise ShardError(
+                        f"{path}: tensor {fqn!r} is {stored.dtype} {stored.global_shape} in the shard "
+                        f"of rank {index}, but {entry.dtype} {tuple(entry.shape)} in the manifest"
+                    )
+                if stored.box.intersect(box) is not None:
+                    found.append(Source(path, index, self._header(index).block, stored))
+        return found
+
+    def _shard_path(self, index: int) -> str:
+        return f"{self.committed.folder}/{self.manifest.shards[index].path}"
+
+    def _open(self, shards: range | list[int]) -> list[dict[str, list[StoredBox]]]:
+        """Return what each shard holds, by tensor; headers that are not known yet are read in parallel."""
+        missing = [index for index in shards if index not in self._boxes]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(16, len(missing)), thread_name_prefix="distckpt-headers") as pool:
+                list(pool.map(self._header, missing))
+        else:
+            for index in missing:
+                self._header(index)
+        return [self._boxes[index] for index in shards]
+
+    def _header(self, index: int) -> ShardHeader:
+        with self._lock:
+            known = self._headers.get(index)
+        if known is not None:
+            return known
+        header = open_shard(self.store, self.manifest, self.committed.folder, index)
+        boxes: dict[str, list[StoredBox]] = defaultdict(list)
+        for stored in header.boxes:
+            boxes[stored.fqn].append(stored)
+        with self._lock:
+            self._headers[index], self._boxes[index] = header, dict(boxes)
+        return header

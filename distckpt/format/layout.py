@@ -1,0 +1,228 @@
+"""Layouts: which boxes of a global tensor each rank holds, from its mesh and placements. Pure, no torch, no collective.
+
+A layout is a function of (global shape, mesh, placements), so a manifest stores it once per tensor instead of once
+per rank, and any process can compute any rank's boxes alone. The placements are DTensor's: ``R`` replicate,
+``S(dim)`` shard with ``torch.chunk`` semantics, ``SS(dim,factor)`` strided shard (FSDP2 + TP). ``E`` lists boxes
+for whatever has no closed form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from distckpt.boxes import Box
+
+Interval = tuple[int, int]
+_PLACEMENT = re.compile(r"R|E|S\((\d{1,2})\)|SS\((\d{1,2}),([1-9]\d{0,5})\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One mesh dimension's placement. ``kind`` is ``R``, ``S``, ``SS`` or ``E``; ``factor`` is SS's split factor."""
+
+    kind: str
+    dim: int = 0
+    factor: int = 1
+
+
+@lru_cache(maxsize=4096)
+def parse_placement(text: str) -> Placement:
+    """Parse ``R``, ``E``, ``S(0)`` or ``SS(0,4)``; raises ``ValueError`` for anything else."""
+    match = _PLACEMENT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"unknown placement {text!r}: want R, S(dim), SS(dim,factor) or E")
+    if match[1] is not None:
+        return Placement("S", int(match[1]))
+    if match[2] is not None:
+        return Placement("SS", int(match[2]), int(match[3]))
+    return Placement(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks in an n-dimensional grid; ``ranks`` is flattened row-major."""
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) != len(self.ranks):
+            raise ValueError(f"mesh of shape {self.shape} with {len(self.ranks)} ranks")
+
+    @classmethod
+    def flat(cls, ranks: Sequence[int]) -> Mesh:
+        """Return a one-dimensional mesh over these ranks."""
+        return cls((len(ranks),), tuple(ranks))
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """Return the rank's place in the grid, or None where it has none."""
+        position = _positions(self.ranks).get(rank)
+        if position is None:
+            return None
+        out = []
+        for extent in reversed(self.shape):
+            position, index = divmod(position, extent)
+            out.append(index)
+        return tuple(reversed(out))
+
+    def rank_at(self, coordinate: Sequence[int]) -> int:
+        """Return the rank at a place in the grid."""
+        position = 0
+        for extent, index in zip(self.shape, coordinate, strict=True):
+            position = position * extent + index
+        return self.ranks[position]
+
+
+@lru_cache(maxsize=64)
+def _positions(ranks: tuple[int, ...]) -> dict[int, int]:
+    return {rank: i for i, rank in enumerate(ranks)}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one tensor lies over a mesh. ``explicit[i]`` are the boxes of the mesh's i-th rank where placements are E."""
+
+    mesh: Mesh
+    placements: tuple[str, ...]
+    explicit: tuple[tuple[Box, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A box of the global tensor and where it starts in the rank's own local tensor."""
+
+    box: Box
+    local: tuple[int, ...]
+
+
+def replicated(ranks: Sequence[int]) -> Layout:
+    """Return the layout of a tensor that each of these ranks holds whole."""
+    return Layout(Mesh.flat(ranks), ("R",))
+
+
+def _chunk(intervals: tuple[Interval, ...], parts: int, index: int) -> tuple[Interval, ...]:
+    """Return the index-th of ``parts`` pieces of concatenated intervals, cut as ``torch.chunk`` cuts."""
+    total = sum(stop - start for start, stop in intervals)
+    size = -(-total // parts)
+    return _slice(intervals, min(total, index * size), min(total, (index + 1) * size))
+
+
+def _slice(intervals: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval, ...]:
+    out: list[Interval] = []
+    at = 0
+    for begin, end in intervals:
+        low, high = max(start, at), min(stop, at + end - begin)
+        if low < high:
+            piece = (begin + low - at, begin + high - at)
+            if out and out[-1][1] == piece[0]:
+                piece = (out.pop()[0], piece[1])
+            out.append(piece)
+        at += end - begin
+    return tuple(out)
+
+
+def _split(intervals: tuple[Interval, ...], placement: Placement, parts: int, index: int) -> tuple[Interval, ...]:
+    if placement.kind == "S":
+        return _chunk(intervals, parts, index)
+    # A strided shard cuts the dimension into `factor` chunks first and takes its share of each: the later mesh
+    # dimension (TP) then finds exactly its own chunk (torch/distributed/tensor/placement_types.py, _StridedShard).
+    pieces = (_chunk(_chunk(intervals, placement.factor, i), parts, index) for i in range(placement.factor))
+    return _slice(tuple(itertools.chain.from_iterable(pieces)), 0, 1 << 62)
+
+
+@lru_cache(maxsize=65536)
+def _dim_intervals(extent: int, splits: tuple[tuple[Placement, int], ...], at: tuple[int, ...]) -> tuple[Interval, ...]:
+    intervals: tuple[Interval, ...] = ((0, extent),) if extent else ()
+    for (placement, parts), index in zip(splits, at, strict=True):
+        intervals = _split(intervals, placement, parts, index)
+    return intervals
+
+
+def _splits_by_dim(ndim: int, layout: Layout) -> list[list[tuple[int, Placement]]]:
+    by_dim: list[list[tuple[int, Placement]]] = [[] for _ in range(ndim)]
+    for mesh_dim, text in enumerate(layout.placements):
+        placement = parse_placement(text)
+        if placement.kind in ("S", "SS"):
+            by_dim[placement.dim].append((mesh_dim, placement))
+    return by_dim
+
+
+def held_boxes(shape: Sequence[int], layout: Layout, rank: int) -> list[Held]:
+    """Return what a rank holds of a tensor of this global shape, in the order of its local tensor.
+
+    A rank outside the mesh holds nothing. A rank whose share is empty holds nothing, or, where the tensor itself
+    has no elements or is 0-d, one box. Uneven strided shards yield several boxes.
+    """
+    coordinate = layout.mesh.coordinate(rank)
+    if coordinate is None:
+        return []
+    if layout.explicit is not None:
+        boxes = layout.explicit[_positions(layout.mesh.ranks)[rank]]
+        return [Held(box, (0,) * box.ndim) for box in boxes]
+    if not math.prod(shape):
+        return [Held(Box.whole(shape), (0,) * len(shape))] if not any(coordinate) else []
+    per_dim: list[list[tuple[Interval, int]]] = []
+    for extent, splits in zip(shape, _splits_by_dim(len(shape), layout), strict=True):
+        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
+        intervals = _dim_intervals(extent, key, tuple(coordinate[m] for m, _ in splits))
+        starts = itertools.accumulate((e - b for b, e in intervals), initial=0)
+        per_dim.append(list(zip(intervals, starts, strict=False)))
+    return [
+        Held(
+            Box(tuple(i[0] for i, _ in combo), tuple(i[1] - i[0] for i, _ in combo)),
+            tuple(start for _, start in combo),
+        )
+        for combo in itertools.product(*per_dim)
+    ]
+
+
+def local_shape(shape: Sequence[int], layout: Layout, rank: int) -> tuple[int, ...]:
+    """Return the shape of the rank's local tensor under a closed-form layout."""
+    coordinate = layout.mesh.coordinate(rank) or ()
+    out = []
+    for extent, splits in zip(shape, _splits_by_dim(len(shape), layout), strict=True):
+        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
+        out.append(sum(e - b for b, e in _dim_intervals(extent, key, tuple(coordinate[m] for m, _ in splits))))
+    return tuple(out)
+
+
+def replica_of(layout: Layout, rank: int) -> tuple[int, int]:
+    """Return (which replica this rank is, how many ranks hold the same boxes)."""
+    coordinate = layout.mesh.coordinate(rank)
+    if coordinate is None or layout.explicit is not None:
+        return (0, 1)
+    index, count = 0, 1
+    for mesh_dim, text in enumerate(layout.placements):
+        if text == "R":
+            index = index * layout.mesh.shape[mesh_dim] + coordinate[mesh_dim]
+            count *= layout.mesh.shape[mesh_dim]
+    return index, count
+
+
+def candidate_ranks(shape: Sequence[int], layout: Layout, box: Box) -> set[int]:
+    """Return the ranks whose shards may hold a part of the box: every replica of every rank that holds any of it."""
+    if layout.explicit is not None:
+        return {r for r, boxes in zip(layout.mesh.ranks, layout.explicit, strict=True) if any(map(box.intersect, boxes))}
+    if not box.numel:
+        return set()
+    allowed: list[Iterator[dict[int, int]] | list[dict[int, int]]] = []
+    for dim, splits in enumerate(_splits_by_dim(len(shape), layout)):
+        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
+        low, high = box.offsets[dim], box.ends[dim]
+        choices = []
+        for at in itertools.product(*(range(parts) for _, parts in key)):
+            if any(b < high and low < e for b, e in _dim_intervals(shape[dim], key, at)):
+                choices.append(dict(zip((m for m, _ in splits), at, strict=True)))
+        allowed.append(choices)
+    free = [m for m, text in enumerate(layout.placements) if text == "R"]
+    allowed.append([dict(zip(free, at, strict=True)) for at in itertools.product(*(range(layout.mesh.shape[m]) for m in free))])
+    found = set()
+    for combo in itertools.product(*allowed):
+        merged = {m: i for part in combo for m, i in part.items()}
+        found.add(layout.mesh.rank_at([merged[m] for m in range(len(layout.mesh.shape))]))
+    return found

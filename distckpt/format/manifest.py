@@ -1,0 +1,139 @@
+"""The manifest: the one file that makes a checkpoint exist, and what it says about every tensor and shard.
+
+On storage it is ``{"digest":"xxh3-128:<32 hex>","body":<body>}`` and a line feed; the digest covers exactly
+the bytes of the body, canonical JSON, so that any language checks it by slicing. What a body must mean is in
+manifest_checks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from distckpt.errors import ManifestError, UnserializableState
+from distckpt.format.digest import digest
+from distckpt.format.limits import VERSION, Count, check_version
+from distckpt.format.manifest_checks import check_manifest
+from distckpt.format.plain_json import canonical, strict_loads
+
+FORMAT: Final = "distckpt"
+MAX_MANIFEST: Final = 256 << 20
+"""Longest manifest in bytes, so a damaged length never decides how much is read."""
+
+_HEAD: Final = b'{"digest":"xxh3-128:'
+_MIDDLE: Final = b'","body":'
+_TAIL: Final = b"}\n"
+_FRAME: Final = len(_HEAD) + 32 + len(_MIDDLE)
+_MAX_BODY: Final = MAX_MANIFEST - _FRAME - len(_TAIL)
+
+
+class MeshEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Ranks in an n-dimensional grid. ``ranks`` are runs [start, stop) that flatten it row-major."""
+
+    shape: list[Count]
+    ranks: list[list[Count]]
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor: ``mesh`` indexes the manifest's meshes; placements as in layout.py, one per mesh dimension.
+
+    With placements ``["E"]``, ``boxes[i]`` are the boxes [[offsets], [sizes]] of the mesh's i-th rank.
+    """
+
+    dtype: str
+    shape: list[Count]
+    mesh: Count
+    placements: list[str]
+    boxes: list[list[list[list[Count]]]] | None = None
+
+
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file: path below the step folder, size in bytes, digest of its header with the 8 length bytes."""
+
+    path: str
+    size: Count
+    header: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about one checkpoint but its tensors' bytes; O(tensors + shards).
+
+    ``objects`` are replicated ones as typed JSON, ``per_rank`` the names of those that stand in each shard's
+    header; ``shards[i]`` is rank i's. ``aliases`` maps the further names of a tied tensor to the stored one.
+    """
+
+    step: Count
+    epoch: int | float | None
+    time: str
+    generation: Count
+    attempt: str
+    save_id: str
+    world_size: Count
+    engine: str
+    meshes: list[MeshEntry]
+    tensors: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    objects: dict[str, Any]
+    per_rank: list[str]
+    metrics: dict[str, Any]
+    config: Any
+    provenance: Any
+    software: dict[str, str]
+    shards: list[ShardEntry]
+    signature: str | None = None
+    version: tuple[int, int] = VERSION
+    format: str = FORMAT
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the file's bytes, having checked them as a reader would: what can't be read is never written.
+
+    Raises ``UnserializableState`` for values that are not plain JSON, ``ManifestError`` for a manifest that
+    contradicts itself, is too large, or nests too deeply.
+    """
+    where = f"manifest of step {manifest.step} to be written"
+    try:
+        body = canonical(msgspec.to_builtins(manifest))
+    except (UnserializableState, TypeError, ValueError, OverflowError) as cause:
+        raise UnserializableState(f"{where}: {cause}; encode values with typed_json.encode first") from cause
+    _parse(body, where)
+    return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, _TAIL))
+
+
+def decode_manifest(data: bytes, *, where: str, step: int | None = None, generation: int | None = None) -> Manifest:
+    """Parse and check a manifest. ``where`` names its file; ``step`` and ``generation`` are its name's.
+
+    Unknown fields are ignored. Raises ``ManifestError`` naming the file and the field, ``UnsupportedVersion``
+    if the format's major version is newer.
+    """
+    if len(data) > MAX_MANIFEST:
+        raise ManifestError(f"{where}: {len(data)} bytes, more than the {MAX_MANIFEST} of any manifest")
+    if len(data) < _FRAME + len(_TAIL):
+        raise ManifestError(f"{where}: {len(data)} bytes are no manifest; it was truncated")
+    body = memoryview(data)[_FRAME : len(data) - len(_TAIL)]
+    if not data.startswith(_HEAD) or not data.endswith(_TAIL):
+        raise ManifestError(f"{where}: not framed as a manifest (xxh3-128 digest, body); damaged or truncated")
+    if data[len(_HEAD) : _FRAME] != digest(body).encode() + _MIDDLE:
+        found = data[len(_HEAD) : len(_HEAD) + 32].decode("ascii", "replace")
+        raise ManifestError(f"{where}: its digest says {found}, its body has {digest(body)}; it is damaged")
+    manifest = _parse(body, where)
+    for name, wanted in (("step", step), ("generation", generation)):
+        stated = getattr(manifest, name)
+        if wanted is not None and wanted != stated:
+            raise ManifestError(f"{where}: $.{name} is {stated}, the file's name says {wanted}")
+    return manifest
+
+
+def _parse(body: bytes | memoryview, where: str) -> Manifest:
+    """Return the manifest in a body: JSON, version, types and meaning checked, in this order."""
+    plain = strict_loads(body, where=where, max_bytes=_MAX_BODY)
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise ManifestError(f"{where}: $.format is not {FORMAT!r}; this is no manifest of a checkpoint")
+    check_version(plain.get("version"), where=f"{where}: $", error=ManifestError)
+    try:
+        manifest = msgspec.convert(plain, type=Manifest, strict=True)
+    except msgspec.ValidationError as cause:
+        raise ManifestError(f"{where}: {cause}; the manifest is damaged or hostile") from cause
+    check_manifest(manifest, where)
+    return manifest

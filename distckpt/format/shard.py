@@ -1,0 +1,275 @@
+"""One shard file: what it holds, where each box goes, and the header that says so (shard_header.py reads it).
+
+A shard is a safetensors file. Its JSON header is padded with spaces so that data starts on a 4096-byte
+boundary. Its ``__metadata__`` carries ``DCP_SHARDING_INFO`` as torch's ``HuggingFaceStorageWriter`` writes it
+(torch/distributed/checkpoint/filesystem.py), and ``distckpt``: FQN, global shape, offsets, logical dtype and
+block digests of every box, and this rank's objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import msgspec
+
+from distckpt.boxes import Box
+from distckpt.errors import SaveFailed, UnserializableState
+from distckpt.format.digest import BLOCK, block_count
+from distckpt.format.dtypes import itemsize, safetensors_tag, stored_form
+from distckpt.format.limits import MAX_WORLD, VERSION, name_problem, shape_problem, shown
+from distckpt.format.plain_json import canonical, strict_loads
+
+ALIGNMENT: Final = 4096
+"""Data starts at a multiple of this, for direct I/O."""
+MAX_HEADER: Final = 100_000_000
+"""Longest JSON header in bytes, the safetensors library's own limit."""
+MAX_SAVE_ID: Final = 256
+MIN_BLOCK: Final = 4096
+MAX_BLOCK: Final = 8 << 20
+
+_NO_DIGEST: Final = "0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One box to be written: elements ``box`` of the tensor ``fqn`` of shape ``global_shape``, row-major."""
+
+    fqn: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBox:
+    """One box in a shard: ``nbytes`` bytes from absolute file offset ``start``, a digest per block."""
+
+    key: str
+    fqn: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    box: Box
+    start: int
+    nbytes: int
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """A parsed header; ``boxes`` in file order.
+
+    ``size`` is the whole file's in bytes, ``nbytes`` the header's with its 8 length bytes: data starts there.
+    """
+
+    rank: int
+    world_size: int
+    save_id: str
+    block: int
+    boxes: tuple[StoredBox, ...]
+    objects: dict[str, Any]
+    size: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Where everything goes in a shard that is not written yet.
+
+    ``pieces``, ``keys``, ``starts`` (absolute file offsets) and ``nbytes`` run parallel, in the order in
+    which the pieces were given. ``order`` lists their indices as they follow each other in the file.
+    """
+
+    pieces: tuple[Piece, ...]
+    keys: tuple[str, ...]
+    starts: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    order: tuple[int, ...]
+    data_start: int
+    size: int
+    block: int
+    rank: int
+    world_size: int
+    save_id: str
+    objects: bytes
+    """Canonical JSON, so that what the caller changes later does not change the header's length."""
+
+
+class _Entry(msgspec.Struct, gc=False):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Tensor(msgspec.Struct, gc=False):
+    fqn: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+    digests: Sequence[str]
+
+
+def plan_shard(
+    pieces: Sequence[Piece],
+    *,
+    rank: int,
+    world_size: int,
+    save_id: str,
+    objects: Mapping[str, Any],
+    block: int = BLOCK,
+) -> ShardPlan:
+    """Lay out a shard; a pure function of its arguments, so equal input gives equal offsets on any rank.
+
+    Larger items come first (stable otherwise): every box is aligned to its item size without holes, which
+    safetensors forbids. ``objects`` are plain JSON (``typed_json.encode``); ``block`` is the number of bytes
+    per digest, a multiple of 16 in [4096, 8 MiB].
+
+    Raises ``IncompatibleState`` (unknown dtype), ``UnserializableState`` (name or object that can't be
+    stored), ``SaveFailed`` (header over 100 MB), ``ValueError`` (box outside its tensor, bad rank or block).
+    """
+    check_block(block)
+    if not 0 <= rank < world_size <= MAX_WORLD:
+        raise ValueError(f"rank {rank} of {world_size} (at most {MAX_WORLD} ranks)")
+    if not len(save_id) <= MAX_SAVE_ID or not save_id.isascii():
+        raise ValueError(f"save id {shown(save_id)}: at most {MAX_SAVE_ID} ASCII characters")
+    keys = _keys(pieces)
+    nbytes = [_piece_nbytes(piece) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: -itemsize(pieces[i].dtype))
+    relative, end = [0] * len(pieces), 0
+    for i in order:
+        relative[i] = end
+        end += nbytes[i]
+    draft = ShardPlan(
+        pieces=tuple(pieces),
+        keys=keys,
+        starts=tuple(relative),
+        nbytes=tuple(nbytes),
+        order=tuple(order),
+        data_start=0,
+        size=end,
+        block=block,
+        rank=rank,
+        world_size=world_size,
+        save_id=save_id,
+        objects=_objects_json(objects),
+    )
+    dummies = [[_NO_DIGEST] * block_count(size, block) for size in nbytes]
+    data_start = -(-(8 + len(_header_json(draft, dummies))) // ALIGNMENT) * ALIGNMENT
+    if data_start - 8 > MAX_HEADER:
+        raise SaveFailed(
+            f"rank {rank}: header of {data_start} bytes for {len(pieces)} boxes, "
+            f"{sum(map(len, dummies))} digests and {len(draft.objects)} bytes of objects; "
+            f"safetensors allows {MAX_HEADER}. "
+            f"Use larger blocks than {block} bytes (up to {MAX_BLOCK}) or store large objects as tensors"
+        )
+    starts = tuple(data_start + at for at in relative)
+    return replace(draft, starts=starts, data_start=data_start, size=data_start + end)
+
+
+def render_header(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
+    """Return the file's first ``plan.data_start`` bytes. ``digests[i]`` belongs to ``plan.pieces[i]``.
+
+    Raises ``ValueError`` if a piece has another number of digests than blocks, or one isn't 32 digits long.
+    """
+    for piece, size, found in zip(plan.pieces, plan.nbytes, digests, strict=True):
+        wanted = block_count(size, plan.block)
+        if len(found) != wanted:
+            raise ValueError(f"{shown(piece.fqn)}: {len(found)} digests for {wanted} blocks")
+    text = _header_json(plan, digests)
+    length = plan.data_start - 8
+    if not length - ALIGNMENT < len(text) <= length:
+        raise ValueError(f"header of {len(text)} bytes where {length} were planned: digests are 32 hex digits")
+    return length.to_bytes(8, "little") + text.ljust(length, b" ")
+
+
+def _objects_json(objects: Mapping[str, Any]) -> bytes:
+    text = canonical(dict(objects))
+    # Parsed as a reader will (nesting, long integers), one level down as in the header.
+    wrapped = b'{"objects":' + text + b"}"
+    strict_loads(wrapped, where="objects", max_bytes=len(wrapped), error=UnserializableState)
+    return text
+
+
+def check_block(block: int) -> None:
+    """Raise ``ValueError`` unless ``block`` can be a digest's number of bytes."""
+    if not MIN_BLOCK <= block <= MAX_BLOCK or block % 16:
+        raise ValueError(f"block of {block} bytes: must be a multiple of 16 in [{MIN_BLOCK}, {MAX_BLOCK}]")
+
+
+def _keys(pieces: Sequence[Piece]) -> tuple[str, ...]:
+    """Return the safetensors key of each piece: its FQN; for further boxes ``#1``, ``#2``, ... where free."""
+    taken = {piece.fqn for piece in pieces}
+    counts: dict[str, int] = {}
+    whole: dict[str, tuple[str, tuple[int, ...]]] = {}
+    keys = []
+    for piece in pieces:
+        fqn, key = piece.fqn, piece.fqn
+        if whole.setdefault(fqn, (piece.dtype, piece.global_shape)) != (piece.dtype, piece.global_shape):
+            raise ValueError(f"{shown(fqn)}: its boxes disagree on its dtype or global shape")
+        if fqn in counts:
+            # `w#1` may be a tensor's own name: skip it, the FQN in our metadata tells them apart.
+            while key in taken:
+                counts[fqn] += 1
+                key = f"{fqn}#{counts[fqn]}"
+            taken.add(key)
+        else:
+            counts[fqn] = 0
+        problem = name_problem(key)
+        if problem is not None:
+            raise UnserializableState(f"tensor name {shown(fqn)} {problem}; rename it in the state")
+        keys.append(key)
+    return tuple(keys)
+
+
+def _piece_nbytes(piece: Piece) -> int:
+    size = itemsize(piece.dtype)
+    problem = shape_problem(piece.global_shape, size)
+    if problem is not None:
+        raise ValueError(f"{shown(piece.fqn)}: shape {problem}")
+    box, shape = piece.box, piece.global_shape
+    if box.ndim != len(shape) or any(
+        o < 0 or s < 0 or o + s > g for o, s, g in zip(box.offsets, box.sizes, shape, strict=True)
+    ):
+        raise ValueError(f"{shown(piece.fqn)}: {box} lies outside shape {shape}")
+    return math.prod(box.sizes) * size
+
+
+def _stored_offsets(dtype: str, offsets: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a box's offsets in units of its stored shape, the only one that other readers see."""
+    if safetensors_tag(dtype) is not None:
+        return offsets
+    return (*offsets[:-1], offsets[-1] * itemsize(dtype)) if offsets else (0,)
+
+
+def _header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
+    """Return the JSON without padding; ``__metadata__`` first, then the tensors in file order."""
+    tensors: dict[str, _Tensor] = {}
+    sharding: dict[str, dict[str, tuple[int, ...]]] = {}
+    entries: dict[str, Any] = {"__metadata__": None}
+    for i in plan.order:
+        piece, key, start = plan.pieces[i], plan.keys[i], plan.starts[i] - plan.data_start
+        box, dtype = piece.box, piece.dtype
+        tensors[key] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, dtype, digests[i])
+        tag, shape = stored_form(dtype, box.sizes)
+        sharding[key] = {"saved_offsets": _stored_offsets(dtype, box.offsets)}
+        entries[key] = _Entry(tag, shape, (start, start + plan.nbytes[i]))
+    ours = {
+        "version": VERSION,
+        "rank": plan.rank,
+        "world_size": plan.world_size,
+        "save_id": plan.save_id,
+        "block": plan.block,
+        "tensors": tensors,
+        "objects": msgspec.Raw(plan.objects),
+        "reused": [],
+    }
+    entries["__metadata__"] = {
+        "format": "pt",
+        "DCP_VERSION": "1.0",
+        "DCP_SHARDING_INFO": msgspec.json.encode(sharding).decode(),
+        "distckpt": msgspec.json.encode(ours).decode(),
+    }
+    return msgspec.json.encode(entries)

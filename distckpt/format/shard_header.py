@@ -1,0 +1,244 @@
+"""Strict reading of a shard's header: everything is checked before anything is allocated or believed.
+
+The safetensors library accepts repeated names, sizes that overflow, and names that are paths, and checks no
+content; so headers are parsed here. The digest in the manifest comes first, but a header must also be safe to
+parse when someone wrote both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from distckpt.boxes import Box
+from distckpt.errors import NotFound, ShardError
+from distckpt.format.digest import block_count, digest, is_digest
+from distckpt.format.dtypes import ITEMSIZES, stored_form
+from distckpt.format.limits import (
+    MAX_TENSORS,
+    MAX_WORLD,
+    Count,
+    check_version,
+    name_problem,
+    shape_problem,
+    shown,
+)
+from distckpt.format.plain_json import strict_loads
+from distckpt.format.shard import MAX_HEADER, MAX_SAVE_ID, ShardHeader, StoredBox, check_block
+from distckpt.storage.base import Store
+
+FIRST_READ = 64 << 10
+"""Bytes of the first read of a header; most headers need no second."""
+
+
+class _Entry(msgspec.Struct, frozen=True, gc=False):
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
+class _Tensor(msgspec.Struct, frozen=True, gc=False):
+    fqn: str
+    shape: list[Count]
+    offsets: list[Count]
+    sizes: list[Count]
+    dtype: str
+    digests: list[str]
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    rank: Count
+    world_size: Count
+    save_id: str
+    block: Count
+    tensors: dict[str, _Tensor]
+    objects: dict[str, Any]
+
+
+def header_length(prefix: bytes | memoryview, *, file_size: int, where: str) -> int:
+    """Return a header's bytes, its 8 length bytes included, from the first 8; ``ShardError`` if absurd."""
+    if len(prefix) < 8 or file_size < 8:
+        raise ShardError(f"{where}: {min(len(prefix), file_size)} bytes are no shard; it was truncated")
+    length = int.from_bytes(prefix[:8], "little")
+    if not 2 <= length <= MAX_HEADER:
+        raise ShardError(f"{where}: header length {length} is outside [2, {MAX_HEADER}]; damaged or no shard")
+    if 8 + length > file_size:
+        raise ShardError(f"{where}: header of {length} bytes in a file of {file_size}; it was truncated")
+    return 8 + length
+
+
+def read_header(store: Store, path: str, *, file_size: int, expect_digest: str | None) -> ShardHeader:
+    """Read and check the header of the shard ``path``, a file of ``file_size`` bytes as its manifest says.
+
+    The header's bytes must have the digest ``expect_digest`` (None: not checked) before they are parsed.
+    Raises ``ShardError`` naming the file: missing, unreadable, short, damaged or hostile.
+    """
+    data = _read(store, path, 0, min(FIRST_READ, file_size))
+    nbytes = header_length(data, file_size=file_size, where=path)
+    if nbytes > len(data):
+        data += _read(store, path, len(data), nbytes - len(data))
+    data = data[:nbytes]
+    if expect_digest is not None and digest(data) != expect_digest:
+        raise ShardError(
+            f"{path}: header digest is {digest(data)}, its manifest says {expect_digest}; "
+            "the shard is damaged, swapped, or of another save: load an older checkpoint"
+        )
+    return parse_header(data, file_size=file_size, where=path)
+
+
+def _read(store: Store, path: str, offset: int, size: int) -> bytes:
+    try:
+        data = store.read(path, offset, size)
+    except NotFound as cause:
+        raise ShardError(f"{path}: the shard is missing; load an older checkpoint") from cause
+    except OSError as cause:
+        raise ShardError(f"{path}: bytes [{offset}, {offset + size}) can't be read: {cause}") from cause
+    if len(data) != size:
+        raise ShardError(f"{path}: {len(data)} of {size} bytes at {offset}; the shard was truncated")
+    return data
+
+
+def parse_header(data: bytes | memoryview, *, file_size: int, where: str) -> ShardHeader:
+    """Parse and check a shard's header. ``data`` are the file's first bytes: the whole header, or more.
+
+    Memory stays proportional to the header's length, whatever it claims. Unknown fields are ignored.
+    Raises ``ShardError`` naming the file (``where``) and the field, ``UnsupportedVersion`` (newer major).
+    """
+    nbytes = header_length(data, file_size=file_size, where=where)
+    if len(data) < nbytes:
+        raise ShardError(f"{where}: {len(data)} of the header's {nbytes} bytes; the file was truncated")
+    text = bytes(data[8:nbytes])
+    _peek(text, where)
+    outer = strict_loads(text, where=where, max_bytes=MAX_HEADER, error=ShardError)
+    inner = outer.pop("__metadata__")["distckpt"].encode()
+    at = f"{where}: $.__metadata__.distckpt"
+    plain = strict_loads(inner, where=at, max_bytes=MAX_HEADER, error=ShardError)
+    if not isinstance(plain, dict):
+        raise ShardError(f"{at} is not an object; it is damaged")
+    check_version(plain.get("version"), where=at, error=ShardError)
+    meta = _convert(plain, _Meta, f"{where}: in __metadata__.distckpt")
+    entries = _convert(outer, dict[str, _Entry], where)
+    _check_meta(meta, at)
+    if entries.keys() != meta.tensors.keys():
+        odd = min(entries.keys() ^ meta.tensors.keys())
+        raise ShardError(f"{where}: $[{shown(odd)}]: the tensor is in one of the header's two lists only")
+    boxes = _boxes(entries, meta, nbytes, file_size, where)
+    return ShardHeader(meta.rank, meta.world_size, meta.save_id, meta.block, boxes, meta.objects, file_size, nbytes)
+
+
+def _peek(text: bytes, where: str) -> None:
+    """Refuse, before Python objects are made for everything in it, what is no header of ours.
+
+    A foreign header of many small entries would cost ten times its length in memory.
+    """
+    if text[:1] != b"{":
+        raise ShardError(f"{where}: $: the header is not a JSON object, or something stands before it")
+    try:
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        if len(raw) > MAX_TENSORS + 1:
+            raise ShardError(f"{where}: {len(raw)} tensors in one shard (at most {MAX_TENSORS})")
+        metadata = raw.get("__metadata__")
+        found = {} if metadata is None else msgspec.json.decode(metadata, type=dict[str, str])
+    except RecursionError as cause:
+        raise ShardError(f"{where}: JSON nested too deeply; damaged or hostile") from cause
+    except msgspec.ValidationError as cause:
+        raise ShardError(f"{where}: {cause}; the header is damaged") from cause
+    except (msgspec.DecodeError, UnicodeError) as cause:
+        raise ShardError(f"{where}: the header is not JSON: {cause}; it is damaged") from cause
+    if "distckpt" not in found:
+        raise ShardError(f"{where}: $.__metadata__.distckpt is missing: a safetensors file that distckpt did not write")
+
+
+def _convert(plain: Any, wanted: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(plain, type=wanted, strict=True)
+    except msgspec.ValidationError as cause:
+        raise ShardError(f"{where}: {cause}; the header is damaged") from cause
+
+
+def _check_meta(meta: _Meta, at: str) -> None:
+    if not meta.rank < meta.world_size <= MAX_WORLD:
+        raise ShardError(f"{at}: rank {meta.rank} of {meta.world_size} ranks (at most {MAX_WORLD})")
+    if len(meta.save_id) > MAX_SAVE_ID:
+        raise ShardError(f"{at}.save_id has {len(meta.save_id)} characters (at most {MAX_SAVE_ID})")
+    try:
+        check_block(meta.block)
+    except ValueError as cause:
+        raise ShardError(f"{at}.block: {cause}") from cause
+
+
+def _boxes(entries: dict[str, _Entry], meta: _Meta, nbytes: int, file_size: int, where: str) -> tuple[StoredBox, ...]:
+    """Return the boxes by file offset, having checked that they fill the file from the header to its end."""
+    end = 0
+    boxes: list[StoredBox] = []
+    whole: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        if start != end or stop < start:
+            what = "overlap the tensor before" if start < end else "leave a hole" if start > end else "run back"
+            at = f"{where}: $[{shown(key)}].data_offsets"
+            raise ShardError(f"{at} [{start}, {stop}] {what} at byte {end} of the data")
+        end = stop
+        box = _box(key, entry, meta.tensors[key], meta.block, nbytes, where)
+        if whole.setdefault(box.fqn, (box.dtype, box.global_shape)) != (box.dtype, box.global_shape):
+            raise ShardError(f"{where}: the boxes of {shown(box.fqn)} disagree on its dtype or global shape")
+        boxes.append(box)
+    if nbytes + end != file_size:
+        raise ShardError(f"{where}: header and data make {nbytes + end} bytes, the file has {file_size}; it is damaged")
+    return tuple(boxes)
+
+
+def _box(key: str, entry: _Entry, tensor: _Tensor, block: int, nbytes: int, where: str) -> StoredBox:
+    start, stop = entry.data_offsets
+    problem = _problem(key, entry, tensor)
+    if problem is None and len(tensor.digests) != block_count(stop - start, block):
+        problem = f"{len(tensor.digests)} digests for {stop - start} bytes in blocks of {block}"
+    if problem is None and not all(map(is_digest, tensor.digests)):
+        problem = "a digest is not 32 lowercase hex digits of xxh3-128"
+    if problem is not None:
+        raise ShardError(f"{where}: $[{shown(key)}]: {problem}; the header is damaged or hostile")
+    return StoredBox(
+        key,
+        tensor.fqn,
+        tensor.dtype,
+        tuple(tensor.shape),
+        Box(tuple(tensor.offsets), tuple(tensor.sizes)),
+        nbytes + start,
+        stop - start,
+        tuple(tensor.digests),
+    )
+
+
+def _problem(key: str, entry: _Entry, tensor: _Tensor) -> str | None:
+    """Say what is wrong with one tensor's name, shape, dtype or size, or return None."""
+    wrong = name_problem(key) or (name_problem(tensor.fqn) if tensor.fqn != key else None)
+    if wrong is not None:
+        return f"the name {wrong}"
+    if key != tensor.fqn and not _is_suffixed(key, tensor.fqn):
+        return f"this can't be the key of a box of {shown(tensor.fqn)}"
+    size = ITEMSIZES.get(tensor.dtype)
+    if size is None:
+        return f"unknown dtype {shown(tensor.dtype)}"
+    wrong = shape_problem(tensor.shape, size)
+    if wrong is not None:
+        return f"shape {wrong}"
+    if not len(tensor.shape) == len(tensor.offsets) == len(tensor.sizes):
+        return f"box of {len(tensor.offsets)}+{len(tensor.sizes)} numbers in {len(tensor.shape)} dimensions"
+    for offset, length, extent in zip(tensor.offsets, tensor.sizes, tensor.shape, strict=True):
+        if offset + length > extent:
+            return f"box {tensor.offsets}+{tensor.sizes} reaches outside shape {tensor.shape}"
+    tag, shape = stored_form(tensor.dtype, tuple(tensor.sizes))
+    if entry.dtype != tag or entry.shape != list(shape):
+        found = f"{entry.dtype[:20]!r} {str(entry.shape)[:200]}"
+        return f"stored as {found}, but a {tensor.dtype} box of {tensor.sizes} is {tag!r} {list(shape)}"
+    begin, end = entry.data_offsets
+    if math.prod(tensor.sizes) * size != end - begin:
+        return f"{end - begin} bytes for {math.prod(tensor.sizes)} elements of {tensor.dtype}"
+    return None
+
+
+def _is_suffixed(key: str, fqn: str) -> bool:
+    suffix = key[len(fqn) + 1 :]
+    return key.startswith(f"{fqn}#") and suffix.isascii() and suffix.isdecimal()

@@ -1,0 +1,102 @@
+"""What a checkpoint holds besides model and optimizer: scheduler, scaler, statefuls, RNG, the user's extra state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from distckpt.config import CheckpointConfig
+from distckpt.dcp.leaves import (
+    DROP_ON_RESIZE,
+    PER_RANK,
+    REPLICATED,
+    State,
+    flatten_tree,
+    tree_refs,
+    unflatten_tree,
+)
+from distckpt.engines.rng import capture_rng
+from distckpt.errors import ConfigError, IncompatibleState
+
+RNG, EXTRA = "rng", "extra_state"
+_RESERVED = {"model", "optim", RNG, EXTRA}
+
+
+class Components:
+    """Named objects with ``state_dict`` and ``load_state_dict``, each with its declared relation between ranks.
+
+    A stateful whose class has an attribute ``distckpt_state`` (``"replicated"``, ``"per_rank"`` or
+    ``"drop_on_resize"``) declares itself; ``CheckpointConfig.per_rank`` and ``drop_on_resize`` override it.
+    """
+
+    def __init__(self, config: CheckpointConfig, stateful: Mapping[str, Any], scheduler: Any, scaler: Any) -> None:
+        self.config = config
+        self.parts: dict[str, Any] = {}
+        for name, part in (("scheduler", scheduler), ("scaler", scaler), *stateful.items()):
+            if part is None:
+                continue
+            for suffix, single in _singles(part):
+                self._add(name + suffix, single)
+        unknown = (set(config.per_rank) | set(config.drop_on_resize)) - set(self.parts) - {EXTRA}
+        if unknown:
+            raise ConfigError(f"per_rank or drop_on_resize name {sorted(unknown)}, but stateful has {sorted(self.parts)}")
+
+    def _add(self, name: str, part: Any) -> None:
+        if name.split(".")[0] in _RESERVED or name in self.parts:
+            raise ConfigError(f"stateful name {name!r} is taken; choose another")
+        if not (callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))):
+            raise ConfigError(f"stateful {name!r} ({type(part).__name__}) needs state_dict() and load_state_dict()")
+        self.parts[name] = part
+
+    def kind(self, name: str) -> str:
+        """Return how the part's values relate between ranks."""
+        if name in self.config.per_rank:
+            return PER_RANK
+        if name in self.config.drop_on_resize:
+            return DROP_ON_RESIZE
+        return getattr(self.parts.get(name), "distckpt_state", REPLICATED)
+
+    def add_to(self, state: State, extra_state: Any = None) -> None:
+        """Add every part's current state. Tensors of replicated parts become leaves; per-rank ones stay in place."""
+        for name, part in self.parts.items():
+            self._add_tree(state, name, part.state_dict())
+        if extra_state is not None:
+            self._add_tree(state, EXTRA, extra_state)
+        if self.config.save_rng_state:
+            state.add_object(RNG, capture_rng(), PER_RANK)
+
+    def add_targets(self, state: State, saved: Collection[str]) -> None:
+        """Add the live tensors of the parts as targets of a load; what is saved but not live is left to ``finish``."""
+        for name, part in self.parts.items():
+            if self.kind(name) == REPLICATED:
+                for fqn, tensor in flatten_tree(name, part.state_dict())[0].items():
+                    if fqn in saved:
+                        state.add_tensor(fqn, tensor)
+
+    def _add_tree(self, state: State, name: str, tree: Any) -> None:
+        kind = self.kind(name)
+        if kind != REPLICATED:
+            state.add_object(name, tree, kind)
+            return
+        tensors, rest = flatten_tree(name, tree)
+        state.add_object(name, rest)
+        for fqn, tensor in tensors.items():
+            state.add_tensor(fqn, tensor)
+
+    def load(self, name: str, tree: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hand a part its saved state, with tensors put back in their places."""
+        absent = [ref for ref in tree_refs(tree) if ref not in tensors]
+        if absent:
+            raise IncompatibleState(f"stateful {name!r}: tensors {absent[:5]} of its saved state were not loaded")
+        self.parts[name].load_state_dict(unflatten_tree(tree, dict(tensors)))
+
+
+def _singles(part: Any) -> list[tuple[str, Any]]:
+    """Return (name suffix, part) for a single object, or for each of a list or dict of them."""
+    if isinstance(part, (list, tuple)):
+        return [(f".{i}", single) for i, single in enumerate(part)]
+    if isinstance(part, Mapping) and not hasattr(part, "load_state_dict"):
+        return [(f".{key}", single) for key, single in part.items()]
+    return [("", part)]

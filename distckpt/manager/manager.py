@@ -1,0 +1,421 @@
+"""CheckpointManager: one object per job that owns its checkpoints, on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from distckpt import clock
+from distckpt.config import CheckpointConfig
+from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.full import GatheredSource, gather_tensors
+from distckpt.dcp.leaves import State
+from distckpt.dcp.planner import pieces_for
+from distckpt.dcp.replicas import host_bytes, replica_digests
+from distckpt.dcp.saving import (
+    AgreedPlan,
+    SaveRequest,
+    agree_plan,
+    encode_objects,
+    save_error,
+    table_of,
+    write_and_commit,
+)
+from distckpt.dcp.writer import Source
+from distckpt.engines.choose import engine_for
+from distckpt.errors import (
+    AgreementError,
+    CommitInDoubt,
+    ConfigError,
+    DistckptError,
+    LayoutChanged,
+    SaveFailed,
+    StaleGeneration,
+)
+from distckpt.format import names
+from distckpt.format.dtypes import itemsize
+from distckpt.format.lineage import Committed, create_generation, ensure_root, heartbeat
+from distckpt.manager.components import Components
+from distckpt.manager.loading import Loader
+from distckpt.manager.preempt import Preempted
+from distckpt.manager.restore import LoadOptions, LoadReport
+from distckpt.manager.root import RunRoot
+from distckpt.manager.saver import BackgroundSaver
+from distckpt.manager.schedule import Schedule
+from distckpt.manager.staging import StagingArena
+from distckpt.storage import open_store
+
+log = logging.getLogger("distckpt")
+
+
+class CheckpointManager:
+    """Saves and restores a training job's whole state. Every rank makes one and calls the same methods together.
+
+    ``model``: any ``nn.Module``, after wrapping (DDP, FSDP, parallelize_module). ``optimizer``: one or several.
+    ``scheduler``, ``scaler``: anything with ``state_dict``, one or several. ``stateful``: further named objects with
+    ``state_dict`` and ``load_state_dict``. ``store``: a c10d store for agreement, if not the default group's.
+
+    Example::
+
+        with CheckpointManager(config, model=model, optimizer=optimizer) as manager:
+            report = manager.resume()
+            for step in range(report.step + 1 if report else 0, steps):
+                loss = train(step)
+                manager.step(step, metrics={"loss": loss})
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        *,
+        stateful: Mapping[str, Any] | None = None,
+        engine: Any = None,
+        store: Any = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine_for(model, optimizer, engine)
+        self.agreement = Agreement.from_environment(timeout_s=config.timeout_s, store=store)
+        self.store = open_store(config.checkpoint_dir)
+        self.components = Components(config, stateful or {}, scheduler, scaler)
+        self.root = RunRoot(self.store, config)
+        self.schedule = Schedule(config, self.root, self.agreement)
+        self.loader = Loader(config, self.agreement, self.store, self.root, self.engine, self.components)
+        self.generation: int | None = None
+        self.resumed_from: tuple[int, int] | None = None
+        self.failures = 0
+        self._saver, self._arena = BackgroundSaver(), StagingArena()
+        self._plan: AgreedPlan | None = None
+        self._saves = 0
+        self._pending: list[dict[str, Any]] = []
+        self._history: list[dict[str, Any]] = []
+        self._last_path: str | None = None
+        self._weights: str | None = None
+
+    # ------------------------------------------------------------------ saving
+
+    def step(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: float | None = None,
+             model_config: Any = None, extra_state: Any = None) -> str | None:
+        """Record metrics of a step, and save if the schedule, a threshold, a request or a preemption says so.
+
+        Call it on every rank after each step. Returns the path of a save, else None. After a preemption notice it
+        saves, waits for the commit, and raises ``Preempted``, which ends the process with exit code 85.
+        """
+        self._record(step, metrics, epoch)
+        reason = self.schedule.decide(step, epoch, dict(metrics or {}))
+        if reason is None:
+            return None
+        preempted = self.schedule.preempted
+        log.info("step %d: saving (%s)", step, reason)
+        path = self._save(epoch, step, metrics, model_config, extra_state, asynchronous=None if not preempted else False)
+        if preempted:
+            raise Preempted(reason, step=step, path=path)
+        return path
+
+    def save(self, epoch: float | None = None, step: int | None = None, metrics: Mapping[str, Any] | None = None,
+             model_config: Any = None, extra_state: Any = None) -> str | None:
+        """Save now, on all ranks; returns the checkpoint's path, or None if it was not saved.
+
+        None: ``save_best_only`` and not better, or busy with ``on_busy="skip"``, or the save failed and the policy
+        is to go on. With ``async_save`` the path is that of a checkpoint which exists once ``wait()`` returns. State
+        that cannot be saved at all (``IncompatibleState``, ``UnserializableState``, ``ReplicasDiffer``), and more
+        than ``max_consecutive_failures`` failed saves in a row, raise.
+        """
+        if step is None:
+            raise ConfigError("save() needs step=: the number of optimizer steps taken so far")
+        self._record(step, metrics, epoch)
+        return self._save(epoch, step, metrics, model_config, extra_state, asynchronous=None)
+
+    def wait(self) -> None:
+        """Return when no save is in flight; a failed background save raises here if too many failed in a row."""
+        self._saver.join(self.config.timeout_s * (self.config.retries + 1) + 60)
+        self._surface()
+
+    def _save(self, epoch: float | None, step: int, metrics: Mapping[str, Any] | None, model_config: Any, extra_state: Any,
+              *, asynchronous: bool | None) -> str | None:
+        if self._saver.busy and self.config.on_busy != "wait" and self._all_busy():
+            if self.config.on_busy == "raise":
+                raise SaveFailed(f"step {step}: a save is in flight; wait() first, or set on_busy='wait'")
+            log.warning("step %d: not saved, a save is in flight (on_busy='skip')", step)
+            return None
+        self.wait()
+        self._ensure_generation()
+        if self._last_path is not None and self._last_path.endswith(names.step_folder(step)):
+            log.info("step %d is saved already", step)
+            return self._last_path
+        if self.config.save_best_only and not self.schedule.is_best(dict(metrics or {}), self._key("best")):
+            return None
+        self._saves += 1
+        job = self._prepare(epoch, step, metrics, model_config, extra_state)
+        path = f"{self._url()}/{names.step_folder(step)}"
+        if self.config.async_save if asynchronous is None else asynchronous:
+            self._saver.submit(job, str(step))
+        else:
+            try:
+                job()
+            except SaveFailed as error:
+                self._failed(error)
+                return None
+            self.failures = 0
+        self.schedule.saved(step, dict(metrics or {}))
+        self._last_path = path
+        return path
+
+    def _prepare(self, epoch: float | None, step: int, metrics: Mapping[str, Any] | None, model_config: Any,
+                 extra_state: Any) -> Callable[[], None]:
+        """Collect, plan and stage on the training thread; return the rest of the save as a job."""
+        key = self._key("save")
+        full = self.config.mode == "full"
+        try:
+            with self.agreement.guard(f"{key}/plan"):
+                state = self.engine.state(optimizer=self.config.save_optimizer)
+                self.components.add_to(state, extra_state)
+                objects = encode_objects(state)
+            first, self._plan = self._plan, None
+            agreed = agree_plan(self.agreement, key, table_of(state), first, step=step, timeout_s=self.config.timeout_s, full=full)
+            with self.agreement.guard(f"{key}/begin"):
+                replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
+                data = [] if full else self._stage([state.tensors[p.fqn].view(p.box) for p in agreed.pieces])
+        except AgreementError as error:
+            raise save_error(step, error) from error
+        self._plan = agreed
+        request = SaveRequest(
+            save_id=key,
+            step=step,
+            generation=self.generation or 0,
+            epoch=epoch,
+            engine=self.engine.name,
+            metrics=dict(metrics or {}),
+            config=model_config,
+            provenance=self._provenance(),
+            software=_software(),
+            objects=objects,
+            replicas=replicas,
+        )
+        rows, self._pending = self._pending, []
+        if full:
+            return lambda: self._write_full(agreed, request, state, rows)
+        agreement = self.agreement.clone()
+        return lambda: self._write(agreed, request, data.__getitem__, rows, agreement)
+
+    def _stage(self, views: Sequence[torch.Tensor]) -> list[memoryview]:
+        """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
+        if self.config.async_save or any(v.device.type != "cpu" for v in views):
+            return self._arena.stage(views)
+        return [host_bytes(view) for view in views]
+
+    def _write_full(self, agreed: AgreedPlan, request: SaveRequest, state: State, rows: list[dict[str, Any]]) -> None:
+        """A full save: rank 0 writes while it gathers, the others send; always on the training thread, never retried."""
+        pieces = sorted(pieces_for(agreed.written, 0), key=lambda p: -itemsize(p.dtype))  # the shard's own order
+        order = [p.fqn for p in pieces if p.box.numel]
+        tensors = gather_tensors(state, agreed.held, self.agreement.rank, order)
+        source = GatheredSource(tensors, [p.fqn for p in agreed.pieces])
+        before = (lambda: None) if self.agreement.is_leader else source.drain
+        try:
+            self._write(agreed, request, source, rows, self.agreement, before_write=before, threads=1, retries=0)
+        finally:
+            source.drain()
+
+    def _write(self, agreed: AgreedPlan, request: SaveRequest, source: Source, rows: list[dict[str, Any]],
+               agreement: Agreement, *, before_write: Callable[[], None] = lambda: None, threads: int | None = None,
+               retries: int | None = None) -> None:
+        """Write, commit, retry; then what follows a commit. Runs on the saving thread."""
+        started = clock.monotonic()
+        retries = self.config.retries if retries is None else retries
+        for attempt in range(retries + 1):
+            tried = request if attempt == 0 else replace(request, save_id=f"{request.save_id}.retry{attempt}")
+            try:
+                path = write_and_commit(agreement, self.store, agreed, tried, source, threads=threads or self.config.threads,
+                                        timeout_s=self.config.timeout_s, before_write=before_write)
+                break
+            except SaveFailed as error:
+                if attempt == retries or isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt)):
+                    self._plan = None
+                    raise
+                log.warning("step %d: %s; trying again", request.step, error)
+        log.info("step %d committed in %.2f s", request.step, clock.monotonic() - started)
+        if agreement.is_leader:
+            committed = Committed(request.step, request.generation, path)
+            with contextlib.suppress(OSError):
+                self.root.write_metrics(request.generation, self._saves, rows)
+                heartbeat(self.store, request.generation)
+            self.root.tidy(committed, request.generation, self.resumed_from)
+
+    def _surface(self) -> None:
+        error = self._saver.take_error()
+        if error is None:
+            if not self._saver.busy and self._last_path is not None:
+                self.failures = 0
+            return
+        self._last_path = None
+        if not isinstance(error, SaveFailed):
+            raise error
+        self._failed(error)
+
+    def _failed(self, error: SaveFailed) -> None:
+        """Count a failed save; raise if it cannot get better or too many failed in a row, else warn."""
+        self.failures += 1
+        if isinstance(error, StaleGeneration) or self.failures > self.config.max_consecutive_failures:
+            raise error
+        log.error("save failed (%d in a row, %d are tolerated): %s", self.failures, self.config.max_consecutive_failures, error)
+
+    def _all_busy(self) -> bool:
+        """Whether any rank is still busy: all ranks must skip the same saves."""
+        verdict = self.agreement.round(self._key("busy"), b"1" if self._saver.busy else b"", lambda p: max(p))
+        return bool(verdict)
+
+    def _ensure_generation(self) -> None:
+        """Take this job's generation, once; refuses to start over silently where checkpoints exist."""
+        if self.generation is not None:
+            return
+
+        def create(_: list[bytes]) -> bytes:
+            ensure_root(self.store)
+            line = self.root.line()
+            if line and self.resumed_from is None and not self.config.start_fresh:
+                raise ConfigError(
+                    f"{self.store.url} holds checkpoints (newest: step {line[0].step}) and this job loaded none of them; call "
+                    "manager.resume() or load() first, set start_fresh=True to begin a new lineage, or use another folder"
+                )
+            return str(create_generation(self.store, resumed_from=self.resumed_from, owner=f"pid {os.getpid()}").number).encode()
+
+        self.generation = int(self.agreement.round(self._key("generation"), b"", create))
+
+    # ------------------------------------------------------------------ loading
+
+    def resume(self, *, fresh: bool = False, **options: Any) -> LoadReport | None:
+        """Load the newest checkpoint that all ranks can load, and continue its lineage.
+
+        Returns None on a fresh start: an empty root, or ``fresh=True`` (or ``start_fresh`` in the config). If
+        checkpoints exist and none can be loaded, raises ``CheckpointNotFound`` with every reason. Options: the
+        fields of ``LoadOptions`` (``load_optimizer``, ``load_rng_state``, ``strict``, ``include``, ``exclude``,
+        ``prove``).
+        """
+        self.wait()
+        if fresh or self.config.start_fresh:
+            object.__setattr__(self.config, "start_fresh", True)
+            self._ensure_generation()
+            return None
+        report = self.loader.newest(self._key("resume"), self._options(options))
+        self._continue(report)
+        self._ensure_generation()
+        return report
+
+    def load(self, which: str | int = "latest", *, load_optimizer: bool = True, load_rng_state: bool = True,
+             **options: Any) -> LoadReport:
+        """Load ``"latest"``, ``"best"``, a step, or a path or URL of a checkpoint; raises if it cannot be loaded.
+
+        Unlike ``resume`` it never falls back to another checkpoint. A job that has not saved yet continues the
+        lineage of what it loads from its own root.
+        """
+        self.wait()
+        chosen = self._options({"load_optimizer": load_optimizer, "load_rng_state": load_rng_state, **options})
+        report, inside = self.loader.chosen(which, self._key("load"), chosen)
+        if inside and self.generation is None:
+            self._continue(report)
+        return report
+
+    def _continue(self, report: LoadReport | None) -> None:
+        if report is None:
+            return
+        self.resumed_from = (report.generation, report.step)
+        self._history = self.root.read_metrics(self.resumed_from)
+        self.schedule.resumed(report.step, self._history)
+
+    def _options(self, options: Mapping[str, Any]) -> LoadOptions:
+        return LoadOptions(**{"strict": self.config.strict, **options})
+
+    # ------------------------------------------------------------------ looking
+
+    def get_latest_checkpoint(self) -> str | None:
+        """Return the path of the newest checkpoint of this lineage, or None."""
+        line = self.root.readable()
+        return f"{self._url()}/{line[0][0].folder}" if line else None
+
+    def get_best_checkpoint(self) -> str | None:
+        """Return the path of the best checkpoint by ``metric_name``, or None where none has that metric."""
+        best = self.root.best()
+        return f"{self._url()}/{best.folder}" if best is not None else None
+
+    @property
+    def metrics_history(self) -> dict[str, list[Any]]:
+        """Every metric's values in order of steps, those from before a resume included."""
+        out: dict[str, list[Any]] = {}
+        for row in self._history:
+            for name, value in row["metrics"].items():
+                out.setdefault(name, []).append(value)
+        return out
+
+    @property
+    def metrics_rows(self) -> list[dict[str, Any]]:
+        """The same as rows: ``step``, ``epoch``, ``time``, ``metrics``."""
+        return list(self._history)
+
+    def pin(self, step: int, *, pinned: bool = True) -> None:
+        """Exempt a checkpoint from removal by policy (rank 0 does it)."""
+        if self.agreement.is_leader:
+            self.root.pin(step, pinned=pinned)
+
+    # ------------------------------------------------------------------ the rest
+
+    def close(self) -> None:
+        """Wait for the save in flight, write what is left of the metrics, restore signal handlers."""
+        try:
+            self.wait()
+            if self.agreement.is_leader and self.generation is not None and self._pending:
+                self._saves += 1
+                self.root.write_metrics(self.generation, self._saves, self._pending)
+        finally:
+            self._pending = []
+            self.schedule.close()
+            self._arena.release()
+            self.agreement.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, Preempted):
+            self.close()
+            return
+        try:
+            self.close()
+        except DistckptError as second:
+            log.error("while leaving after %s: %s", type(error).__name__, second)
+
+    def _record(self, step: int, metrics: Mapping[str, Any] | None, epoch: float | None) -> None:
+        if not metrics or (self._history and self._history[-1]["step"] == step and self._history[-1]["metrics"] == dict(metrics)):
+            return
+        row = {"step": step, "epoch": epoch, "time": clock.now(), "metrics": dict(metrics)}
+        self._history.append(row)
+        self._pending.append(row)
+
+    def _key(self, what: str) -> str:
+        """Return a fresh agreement key: ranks call in the same order, so their counters agree."""
+        self._calls = getattr(self, "_calls", 0) + 1
+        return f"g{self.generation or 0}/{self._calls}-{what}"
+
+    def _url(self) -> str:
+        return self.store.url.removeprefix("file://").rstrip("/")
+
+    def _provenance(self) -> dict[str, Any]:
+        source = None if self.resumed_from is None else {"generation": self.resumed_from[0], "step": self.resumed_from[1]}
+        return {"resumed_from": source, "settings": self.config.public(), **dict(self.config.extra)}
+
+
+def _software() -> dict[str, str]:
+    from distckpt import __version__
+
+    return {"distckpt": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+

@@ -1,0 +1,358 @@
+"""Loading one committed checkpoint into live state: match names, read boxes, hand values back, prove it.
+
+Every rank reads its own boxes; the ranks then compare outcomes in one round, so that all load the same checkpoint or
+none does. What was loaded, missing, unexpected and re-derived is always reported.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+from distckpt.boxes import Box
+from distckpt.clock import Deadline
+from distckpt.config import CheckpointConfig
+from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.leaves import DROP_ON_RESIZE, State, torch_dtype, tree_refs, unflatten_tree
+from distckpt.dcp.reader import CheckpointReader, Want
+from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
+from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
+from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
+from distckpt.format import typed_json
+from distckpt.manager.components import EXTRA, RNG, Components
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load, and how sure to be. Patterns are shell-style, on names like ``model.layers.*`` or ``scheduler``."""
+
+    load_optimizer: bool = True
+    load_rng_state: bool = True
+    strict: bool = True
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    prove: bool = False
+
+    def wants(self, name: str) -> bool:
+        """Whether patterns and switches let this name through."""
+        if not self.load_optimizer and name.startswith(("optim.", "scheduler", "scaler")):
+            return False
+        if not self.load_rng_state and name == RNG:
+            return False
+        return any(fnmatch.fnmatchcase(name, p) for p in self.include) and not any(
+            fnmatch.fnmatchcase(name, p) for p in self.exclude
+        )
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What a load did. Names are FQNs; ``rederived`` and ``fallbacks`` are sentences."""
+
+    path: str
+    step: int
+    generation: int
+    epoch: int | float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    model_config: Any = None
+    extra_state: Any = None
+    saved_world_size: int = 0
+    world_size: int = 0
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Live, but not in the checkpoint (or left out by a pattern's strictness)."""
+    unexpected: list[str] = field(default_factory=list)
+    """In the checkpoint, but not live."""
+    skipped: list[str] = field(default_factory=list)
+    """Left out because a pattern or switch says so."""
+    rederived: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    """Newer checkpoints that could not be loaded, and why."""
+    proved: int | None = None
+    """Tensors compared with storage bit for bit, with ``prove=True``."""
+    read_bytes: int = 0
+    wanted_bytes: int = 0
+    headers_read: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """One load on one rank: what it reads from, what it loads into, how."""
+
+    reader: CheckpointReader
+    engine: Engine
+    components: Components
+    config: CheckpointConfig
+    options: LoadOptions
+    path: str
+    progress: Callable[[int], None] | None = None
+
+
+@dataclass(slots=True)
+class _Matched:
+    """A load whose names are matched and whose targets exist."""
+
+    report: LoadReport
+    state: State
+    extras: dict[str, torch.Tensor]
+    objects: dict[str, Any]
+    optimizer: bool
+    problems: list[str]
+
+
+def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
+    """Load one checkpoint on all ranks; returns this rank's report.
+
+    Two rounds: after matching names (a saved name is unexpected only if no rank has it) and after reading. Raises the
+    same kind of error on every rank: ``CorruptCheckpoint`` (the caller may fall back to an older checkpoint; live
+    tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
+    """
+    matched: list[_Matched] = []
+
+    def match() -> list[str]:
+        matched.append(_match_here(agreement.rank, agreement.world_size, load))
+        return matched[0].report.unexpected
+
+    unexpected = set(_together(agreement, f"{key}/names", load, match))
+
+    def read() -> list[str]:
+        _read_here(agreement.rank, load, matched[0], unexpected)
+        return []
+
+    _together(agreement, f"{key}/read", load, read)
+    return matched[0].report
+
+
+def _together(agreement: Agreement, key: str, load: Restore, work: Callable[[], list[str]]) -> list[str]:
+    """Do the work on every rank and return the names that all ranks returned; one rank's error is every rank's."""
+    cause: DistckptError | None = None
+    deadline = Deadline.after(load.config.timeout_s)
+    with agreement.guard(key, deadline=deadline):
+        try:
+            outcome = ["", "", work()]
+        except (DistckptError, OSError) as error:
+            cause = error if isinstance(error, DistckptError) else CorruptCheckpoint(f"{load.path}: {error}")
+            kind = "corrupt" if isinstance(cause, CorruptCheckpoint) else "other"
+            outcome = [kind, f"rank {agreement.rank}: {type(cause).__name__}: {cause}", []]
+
+    def decide(payloads: list[bytes]) -> bytes:
+        kinds, texts, names = zip(*(msgspec.json.decode(p) for p in payloads), strict=True)
+        kind = "other" if "other" in kinds else "corrupt" if "corrupt" in kinds else ""
+        common = sorted(set(names[0]).intersection(*names[1:]))
+        return msgspec.json.encode([kind, [t for t in texts if t], common])
+
+    kind, texts, common = msgspec.json.decode(
+        agreement.round(key, msgspec.json.encode(outcome), decide, deadline=deadline)
+    )
+    if kind:
+        error_type = CorruptCheckpoint if kind == "corrupt" else IncompatibleState
+        raise error_type(f"{load.path} was not loaded: " + "; ".join(texts)) from cause
+    return list(common)
+
+
+def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
+    reader, options, manifest = load.reader, load.options, load.reader.manifest
+    saved = {fqn: (entry.dtype, tuple(entry.shape)) for fqn, entry in manifest.tensors.items()}
+    saved |= {alias: saved[target] for alias, target in manifest.aliases.items()}
+    optimizer = options.load_optimizer and any(
+        n.startswith("optim.") and options.wants(n) for n in (*saved, *manifest.objects)
+    )
+    state = load.engine.prepare(saved, optimizer=optimizer)
+    load.components.add_targets(state, {n for n in saved if options.wants(n)})
+    report = LoadReport(
+        path=load.path,
+        step=manifest.step,
+        generation=manifest.generation,
+        epoch=manifest.epoch,
+        metrics={k: typed_json.decode(v) for k, v in manifest.metrics.items()},
+        model_config=typed_json.decode(manifest.config),
+        saved_world_size=manifest.world_size,
+        world_size=world_size,
+    )
+    objects = {n: typed_json.decode(v) for n, v in manifest.objects.items() if options.wants(n)}
+    if OPTIM_GROUPS in objects:
+        objects[OPTIM_GROUPS] = _with_tied(objects[OPTIM_GROUPS], manifest.aliases)
+    extras = _saved_part_tensors(objects, load.components, state, saved)
+    _match(report, state, reader, load.components, options, set(extras))
+    problems = [p for leaf in state.tensors.values() if leaf.fqn in report.loaded and (p := _misfit(leaf, reader))]
+    return _Matched(report, state, extras, objects, optimizer, problems)
+
+
+def _read_here(rank: int, load: Restore, matched: _Matched, unexpected: set[str]) -> None:
+    report, state, reader, options = matched.report, matched.state, load.reader, load.options
+    report.unexpected = sorted(unexpected)
+    _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
+    reader.read(_wants(state, matched.extras, report), threads=load.config.threads, progress=load.progress)
+    tensors = {leaf.fqn: leaf.parts[0][1] for leaf in state.tensors.values() if leaf.parts} | matched.extras
+    load.engine.finish(set(report.loaded), matched.objects, optimizer=matched.optimizer)
+    _load_parts(report, reader, load.components, matched.objects, tensors, rank, options)
+    if options.prove:
+        _prove(report, reader, load.engine, matched.optimizer, load.config.threads)
+    report.read_bytes, report.wanted_bytes = reader.stats.read_bytes, reader.stats.wanted_bytes
+    report.headers_read = reader.stats.headers
+
+
+def _with_tied(groups: list[dict[str, Any]], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return param groups that also name tied parameters by their other names, under which they may live here."""
+    names: dict[str, list[str]] = {}
+    for alias, target in aliases.items():
+        if alias.startswith(MODEL):
+            names.setdefault(target.removeprefix(MODEL), []).append(alias.removeprefix(MODEL))
+    return [{**g, "params": [n for p in g["params"] for n in (p, *names.get(p, ()))]} for g in groups]
+
+
+def _saved_part_tensors(
+    objects: dict[str, Any], components: Components, state: State, saved: dict[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, torch.Tensor]:
+    """Allocate host tensors for what saved parts refer to but live ones lack (also the user's extra state)."""
+    extras = {}
+    for name, tree in objects.items():
+        if name in components.parts or name == EXTRA:
+            for ref in tree_refs(tree):
+                if ref not in state.tensors:
+                    dtype, shape = saved[ref]
+                    extras[ref] = torch.empty(shape, dtype=torch_dtype(dtype))
+    return extras
+
+
+def _match(
+    report: LoadReport,
+    state: State,
+    reader: CheckpointReader,
+    components: Components,
+    options: LoadOptions,
+    extras: set[str],
+) -> None:
+    """Fill loaded, missing, unexpected (here: not on this rank) and skipped."""
+    manifest = reader.manifest
+    saved_names = {*manifest.tensors, *manifest.aliases, *manifest.objects, *manifest.per_rank}
+    live = {*state.tensors, *state.aliases, *state.objects, *components.parts, *extras}
+    if options.load_rng_state and components.config.save_rng_state:
+        live.add(RNG)
+    optimizer_live = any(n.startswith("optim.") for n in live)
+    for name in sorted(saved_names | live):
+        in_optimizer = optimizer_live and name.startswith(OPTIM_STATE) and name in manifest.objects
+        known = name in live or name == EXTRA or in_optimizer
+        if not options.wants(name):
+            report.skipped.append(name)
+        elif name in saved_names and known:
+            report.loaded.append(name)
+        elif name in saved_names:
+            report.unexpected.append(name)
+        else:
+            report.missing.append(name)
+
+
+def _refuse_misfits(report: LoadReport, problems: list[str], options: LoadOptions, optimizer_live: bool) -> None:
+    """Raise ``IncompatibleState`` for shapes and dtypes that differ, and if strict for names on one side only."""
+    problems = list(problems)
+    if options.strict and report.missing:
+        problems.append(f"not in the checkpoint: {_few(report.missing)}")
+    if options.strict and report.unexpected:
+        without = not optimizer_live and any(n.startswith("optim.") for n in report.unexpected)
+        hint = " (it has optimizer state, but no optimizer was given: pass one, or load_optimizer=False)" if without else ""
+        problems.append(f"in the checkpoint but not here: {_few(report.unexpected)}{hint}")
+    if problems:
+        raise IncompatibleState(
+            f"checkpoint {report.path} does not fit: {'; '.join(problems[:10])}. Fix the model or the optimizer, or load "
+            "less: include=/exclude= patterns, strict=False"
+        )
+
+
+def _misfit(leaf: Any, reader: CheckpointReader) -> str | None:
+    entry = reader.manifest.tensors[reader.resolve(leaf.fqn)]
+    if tuple(entry.shape) != leaf.shape:
+        return f"{leaf.fqn} has shape {list(leaf.shape)} here and {entry.shape} in the checkpoint"
+    if entry.dtype != leaf.dtype:
+        return f"{leaf.fqn} is {leaf.dtype} here and {entry.dtype} in the checkpoint"
+    return None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _wants(state: State, extras: dict[str, torch.Tensor], report: LoadReport) -> list[Want]:
+    loaded = set(report.loaded)
+    leaves = [leaf for leaf in state.tensors.values() if leaf.fqn in loaded]
+    wants = [Want(leaf.fqn, box, tensor) for leaf in leaves for box, tensor in leaf.parts]
+    return wants + [Want(fqn, Box.whole(tuple(t.shape)), t) for fqn, t in extras.items()]
+
+
+def _load_parts(
+    report: LoadReport,
+    reader: CheckpointReader,
+    components: Components,
+    objects: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    rank: int,
+    options: LoadOptions,
+) -> None:
+    """Give scheduler, scaler, statefuls and RNG their values; the RNG last, so that nothing after it draws."""
+    manifest = reader.manifest
+    own = _own_objects(reader, rank, options)
+    for name in components.parts:
+        if name in objects:
+            components.load(name, objects[name], tensors)
+        elif name in manifest.per_rank and options.wants(name):
+            if components.kind(name) == DROP_ON_RESIZE and manifest.world_size != report.world_size:
+                report.rederived.append(f"{name}: left as it is, it means nothing on another world size")
+            elif name in own:
+                components.load(name, own[name], tensors)
+            else:
+                report.rederived.append(f"{name}: rank {rank} is new and keeps its own")
+    if EXTRA in objects:
+        report.extra_state = unflatten_tree(objects[EXTRA], tensors)
+    elif EXTRA in own:
+        report.extra_state = own[EXTRA]
+    if RNG in manifest.per_rank and options.wants(RNG):
+        _load_rng(report, reader, own, rank)
+
+
+def _own_objects(reader: CheckpointReader, rank: int, options: LoadOptions) -> dict[str, Any]:
+    manifest = reader.manifest
+    if rank >= len(manifest.shards) or not any(options.wants(n) for n in manifest.per_rank):
+        return {}
+    return {n: typed_json.decode(v) for n, v in reader.header(rank).objects.items() if options.wants(n)}
+
+
+def _load_rng(report: LoadReport, reader: CheckpointReader, own: dict[str, Any], rank: int) -> None:
+    manifest = reader.manifest
+    if RNG in own:
+        state = own[RNG]
+        report.rederived += [f"rng of rank {rank}: {d}" for d in rng_differences(state)]
+    else:
+        origin = rank % len(manifest.shards)
+        state = derive_rng(typed_json.decode(reader.header(origin).objects[RNG]), rank=rank, step=manifest.step)
+        report.rederived.append(f"rng of rank {rank}: new rank, derived from rank {origin}'s state (rule distckpt-rng-1)")
+    if manifest.world_size != report.world_size and rank == 0 and report.world_size < manifest.world_size:
+        report.rederived.append(f"rng of ranks {report.world_size}..{manifest.world_size - 1}: not used, the job is smaller now")
+    restore_rng(state)
+
+
+def _prove(report: LoadReport, reader: CheckpointReader, engine: Engine, optimizer: bool, threads: int) -> None:
+    """Read the checkpoint again and compare it with the live state as the engine shows it now, bit for bit."""
+    live = engine.state(optimizer=optimizer)
+    loaded = set(report.loaded)
+    leaves = {fqn: leaf for fqn, leaf in live.tensors.items() if fqn in loaded}
+    for alias, target in live.aliases.items():  # tied here, but stored apart: both copies must be what is live
+        if alias in loaded and alias in reader.manifest.tensors and target in live.tensors:
+            leaves[alias] = live.tensors[target]
+    proof = CheckpointReader(reader.store, reader.manifest, reader.folder)
+    wants = [Want(fqn, box, tensor) for fqn, leaf in leaves.items() for box, tensor in leaf.parts]
+    stats = proof.read(wants, threads=threads, compare=True)
+    if stats.mismatches:
+        raise IncompatibleState(
+            f"after loading {report.path} the live state differs from it in {_few(sorted(stats.mismatches))}; something between "
+            "storage and the tensors is wrong (a hook, a cast, a wrapper): do not train on"
+        )
+    expected = {n for n in loaded if n.startswith((MODEL, OPTIM_STATE)) and n in reader.manifest.tensors}
+    absent = expected - set(leaves)
+    if absent:
+        raise IncompatibleState(f"after loading, the live state lacks {_few(sorted(absent))}")
+    report.proved = len(leaves)
+

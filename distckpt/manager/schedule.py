@@ -1,0 +1,143 @@
+"""Deciding, on all ranks alike, whether to save at a step boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from distckpt import clock
+from distckpt.config import CheckpointConfig
+from distckpt.dcp.agreement import Agreement
+from distckpt.manager.preempt import PreemptionWatch
+from distckpt.manager.ranking import measured
+from distckpt.manager.root import RunRoot, decode_metrics
+from distckpt.manager.save_policy import (
+    AnyOf,
+    EverySeconds,
+    EverySteps,
+    MetricRange,
+    Moment,
+    OnPreemption,
+    OnRequest,
+    SavePolicy,
+    metric_ranges,
+)
+
+CONTROL_POLL_S = 1.0
+"""The leader looks for the control file at most this often."""
+
+
+class Schedule:
+    """Holds the policies and what they look at. A decision that depends on the step alone costs no communication.
+
+    Any other (time, metrics, control file, signals) is the leader's: in one small round, every
+    ``agree_every_steps`` steps, ranks report their signals and hear its decision. The leader's metrics count.
+    """
+
+    def __init__(self, config: CheckpointConfig, root: RunRoot, agreement: Agreement) -> None:
+        self.config = config
+        self.root = root
+        self.agreement = agreement
+        self.watch = PreemptionWatch(config.preemption_signals) if config.preemption_signals else None
+        self.policy = _policy(config)
+        self.preempted = False
+        self._asked = config.control_file is not None or self.watch is not None or not self.policy.deterministic
+        self._seen: dict[str, MetricRange] = {}
+        self._saved: dict[str, MetricRange] = {}
+        self._last_saved: int | None = None
+        self._last_time = clock.monotonic()
+        self._next_poll = 0.0
+        self._rounds = 0
+
+    def decide(self, step: int, epoch: float | None, metrics: Mapping[str, Any]) -> str | None:
+        """Return why to save at this step, the same on all ranks, or None. Call it once a step on every rank."""
+        if self._asked and (self.agreement.world_size == 1 or step % self.config.agree_every_steps == 0):
+            reason = self._ask(step, epoch, metrics)
+        else:
+            reason = self.policy(Moment(step=step, epoch=epoch)) if self.policy.deterministic else self._due(step)
+        for name, value in metrics.items():
+            self._seen[name] = self._seen.get(name, MetricRange()).include(value)
+        return reason
+
+    def is_best(self, metrics: Mapping[str, Any], key: str) -> bool:
+        """Whether the leader's metric beats every checkpoint so far; a missing or NaN metric does not."""
+
+        def decide(_: list[bytes]) -> bytes:
+            mode = self.config.metric_mode
+            value = measured(metrics.get(self.config.metric_name), mode)
+            found = [measured(decode_metrics(m.metrics).get(self.config.metric_name), mode) for _, m in self.root.readable()]
+            others = [v for v in found if v is not None]
+            if value is None:
+                return b""
+            return b"1" if all(value < v if mode == "min" else value > v for v in others) else b""
+
+        return bool(self.agreement.round(key, b"", decide))
+
+    def saved(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take note of a save."""
+        self._last_saved, self._last_time = step, clock.monotonic()
+        for name, value in metrics.items():
+            self._saved[name] = self._saved.get(name, MetricRange()).include(value)
+
+    def resumed(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what the earlier jobs of this lineage saw and saved."""
+        self._last_saved = step
+        self._seen = metric_ranges(row["metrics"] for row in history)
+        self._saved = metric_ranges(decode_metrics(m.metrics) for _, m in self.root.readable())
+
+    def close(self) -> None:
+        """Put signal handlers back."""
+        if self.watch is not None:
+            self.watch.close()
+
+    def _due(self, step: int) -> str | None:
+        """Between agreements only the parts that depend on the step alone may fire."""
+        due = self.config.save_every_steps
+        return EverySteps(due)(Moment(step=step)) if due else None
+
+    def _ask(self, step: int, epoch: float | None, metrics: Mapping[str, Any]) -> str | None:
+        self._rounds += 1
+        signal = self.watch.requested if self.watch is not None else None
+
+        def decide(payloads: list[bytes]) -> bytes:
+            signals = {rank: p.decode() for rank, p in enumerate(payloads) if p}
+            moment = Moment(
+                step=step,
+                epoch=epoch,
+                seconds_since_save=clock.monotonic() - self._last_time,
+                metrics=metrics,
+                seen=self._seen,
+                saved=self._saved,
+                preempted=bool(signals),
+                requested=self._requested(),
+                last_saved_step=self._last_saved,
+            )
+            reason = self.policy(moment)
+            if signals:
+                first = min(signals)
+                reason = f"preempted: {signals[first]} on rank {first}"
+            return msgspec.json.encode([reason, bool(signals)])
+
+        verdict = self.agreement.round(f"step/{self._rounds}", (signal or "").encode(), decide)
+        reason, preempted = msgspec.json.decode(verdict)
+        self.preempted = preempted
+        return reason  # type: ignore[no-any-return]
+
+    def _requested(self) -> bool:
+        if self.config.control_file is None or clock.monotonic() < self._next_poll:
+            return False
+        self._next_poll = clock.monotonic() + CONTROL_POLL_S
+        return self.root.take_request()
+
+
+def _policy(config: CheckpointConfig) -> SavePolicy:
+    parts: list[SavePolicy] = [OnPreemption(), OnRequest()]
+    if config.save_every_steps is not None:
+        parts.append(EverySteps(config.save_every_steps))
+    if config.save_every_seconds is not None:
+        parts.append(EverySeconds(config.save_every_seconds))
+    if config.save_policy is not None:
+        parts.append(config.save_policy)  # type: ignore[arg-type]
+    return AnyOf(tuple(parts))

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint, types, tests. Arguments go to pytest (paths from the top of the checkout): bash tests/run.sh tests/unit -k sampler
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
+cd "$ROOT"
+
+# Tests run many small processes on few cores: one thread each, or they fight for the cores.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+echo "== ruff"
+"$PYTHON" -m ruff check .
+echo "== mypy"
+"$PYTHON" -m mypy
+echo "== pytest"
+exec "$PYTHON" -m pytest --durations=10 "$@" # last, so that its summary closes the output

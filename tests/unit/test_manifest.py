@@ -1,0 +1,167 @@
+"""Manifests: round trip, the frame that any language can check, and refusal to write what can't be read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distckpt.errors import ManifestError, UnserializableState, UnsupportedVersion
+from distckpt.format import manifest as manifest_module
+from distckpt.format.digest import digest
+from distckpt.format.manifest import (
+    Manifest,
+    MeshEntry,
+    ShardEntry,
+    TensorEntry,
+    decode_manifest,
+    encode_manifest,
+)
+
+ATTEMPT = "g000003-1a2b3c4d"
+
+
+def manifest(**changed: Any) -> Manifest:
+    """Return a manifest of four ranks with each kind of layout."""
+    fields: dict[str, Any] = {
+        "step": 1200,
+        "epoch": 2.5,
+        "time": "2026-01-02T03:04:05Z",
+        "generation": 3,
+        "attempt": ATTEMPT,
+        "save_id": "3-1200-abc",
+        "world_size": 4,
+        "engine": "torch",
+        "meshes": [MeshEntry(shape=[2, 2], ranks=[[0, 4]]), MeshEntry(shape=[3], ranks=[[2, 4], [0, 1]])],
+        "tensors": {
+            "model.w": TensorEntry(dtype="float32", shape=[8, 4], mesh=0, placements=["SS(0,2)", "S(0)"]),
+            "model.b": TensorEntry(dtype="bfloat16", shape=[], mesh=0, placements=["R", "R"]),
+            "optim.flat": TensorEntry(
+                dtype="float64",
+                shape=[3, 2],
+                mesh=1,
+                placements=["E"],
+                boxes=[[[[0, 0], [1, 2]], [[1, 0], [1, 1]]], [], [[[1, 1], [1, 1]], [[2, 0], [1, 2]]]],
+            ),
+        },
+        "aliases": {"model.head": "model.w"},
+        "objects": {"scheduler": {"last": [1, 2], "näme": None}},
+        "per_rank": ["rng"],
+        "metrics": {"loss": 0.25},
+        "config": {"lr": 1e-3},
+        "provenance": None,
+        "software": {"torch": "2.13.0"},
+        "shards": [
+            ShardEntry(path=f"{ATTEMPT}/0000{i}-of-00004.safetensors", size=4096 + i, header=digest(b"%d" % i))
+            for i in range(4)
+        ],
+    }
+    return Manifest(**fields | changed)
+
+
+def test_round_trip() -> None:
+    data = encode_manifest(manifest())
+    assert decode_manifest(data, where="m", step=1200, generation=3) == manifest()
+    assert encode_manifest(decode_manifest(data, where="m")) == data
+
+
+def test_any_language_can_check_the_frame() -> None:
+    """The digest stands at a fixed place and covers a slice; the whole is JSON and the body is canonical."""
+    data = encode_manifest(manifest())
+    assert data[:20] == b'{"digest":"xxh3-128:'
+    assert data[52:61] == b'","body":'
+    body = data[61:-2]
+    assert data[20:52].decode() == digest(body)
+    assert data[-2:] == b"}\n"
+    plain = json.loads(data)["body"]
+    assert plain["version"] == [1, 0]
+    assert plain["format"] == "distckpt"
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert text.encode() == body
+
+
+@given(
+    step=st.integers(0, 2**62),
+    epoch=st.none() | st.integers(-10, 2**61) | st.floats(-1e9, 1e9),
+    metrics=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), st.floats(-1e300, 1e300)),
+    config=st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**64), 2**64),
+        lambda inner: st.lists(inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_values_survive(step: int, epoch: float | None, metrics: dict[str, float], config: Any) -> None:
+    before = manifest(step=step, epoch=epoch, metrics=metrics, config=config)
+    after = decode_manifest(encode_manifest(before), where="m", step=step)
+    assert after == before
+    assert type(after.epoch) is type(epoch)
+
+
+def test_one_shard_may_hold_a_whole_world() -> None:
+    shard = ShardEntry(path=f"{ATTEMPT}/00000-of-00001.safetensors", size=4096, header="0" * 32)
+    decode_manifest(encode_manifest(manifest(shards=[shard])), where="m")
+
+
+def test_a_reader_of_today_reads_later_minor_versions() -> None:
+    later = msgspec.to_builtins(manifest()) | {"version": [1, 7], "comment": {"new": [1]}}
+    later["tensors"]["model.w"] |= {"quantized": None}
+    found = decode_manifest(framed(later), where="m")
+    assert found.tensors == manifest().tensors
+    assert found.version == (1, 7)
+
+
+def test_a_later_major_version_says_what_to_do() -> None:
+    later = {"format": "distckpt", "version": [2, 1], "everything": "else"}
+    with pytest.raises(UnsupportedVersion, match=r"m: \$: written in format 2\.1.*reads 1\.x.*upgrade"):
+        decode_manifest(framed(later), where="m")
+
+
+def framed(plain: Any) -> bytes:
+    """Return plain JSON in a frame whose digest is right."""
+    body = json.dumps(plain).encode()
+    return b'{"digest":"xxh3-128:' + digest(body).encode() + b'","body":' + body + b"}\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"generation": 4}, "attempt"),
+        ({"world_size": 5}, "shards has 4 entries for 5 ranks"),
+        ({"step": -1}, r"\$\.step"),
+        ({"step": True}, "got `bool`"),
+        ({"aliases": {"a": "nowhere"}}, "no stored tensor"),
+        ({"tensors": {"w": TensorEntry(dtype="quint8", shape=[1], mesh=0, placements=["R", "R"])}}, "dtype"),
+    ],
+)
+def test_what_can_not_be_read_is_not_written(changed: dict[str, Any], match: str) -> None:
+    with pytest.raises(ManifestError, match=match):
+        encode_manifest(manifest(**changed))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j, object(), "\ud800", {1: "int key", "a": 0}])
+def test_what_is_no_plain_json_is_not_written(value: Any) -> None:
+    with pytest.raises(UnserializableState, match=r"step 1200.*typed_json"):
+        encode_manifest(manifest(config=value))
+
+
+def test_the_size_cap_holds_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_manifest(manifest())
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST", len(data) - 1)
+    with pytest.raises(ManifestError, match=rf"m: {len(data)} bytes"):
+        decode_manifest(data, where="m")
+    monkeypatch.setattr(manifest_module, "_MAX_BODY", 100)
+    with pytest.raises(ManifestError, match="more than the 100"):
+        encode_manifest(manifest())
+
+
+def test_a_moved_manifest_is_refused() -> None:
+    data = encode_manifest(manifest())
+    with pytest.raises(ManifestError, match=r"m: \$\.step is 1200.*says 1300"):
+        decode_manifest(data, where="m", step=1300)
+    with pytest.raises(ManifestError, match=r"m: \$\.generation is 3.*says 4"):
+        decode_manifest(data, where="m", generation=4)
