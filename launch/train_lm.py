@@ -5,8 +5,7 @@
     torchrun --standalone --nproc-per-node 3 launch/train_lm.py             goes on where those two stopped
 
 Kill it whenever you like and start it again: on as many processes as before, every loss is the same bit for bit; on
-another number every step still sees the same windows, and only dropout and rounding differ. The lines marked #!
-are what distckpt adds.
+another number, every step sees the same windows, with other dropout. Lines marked #! are what distckpt adds.
 """
 
 import argparse
@@ -85,11 +84,11 @@ def validate(model: nn.Module, windows: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A small GPT on the standard library's source, with checkpoints.")
-    parser.add_argument("--dir", default="runs/lm", help="folder (or URL) of the checkpoints")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", default="runs/lm", help="folder of the checkpoints, which all processes see")
+    parser.add_argument("--load", type=int, metavar="STEP", help="go on from this step, not from the newest")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--load", type=int, help="go on from this step, not from the newest")
+    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--batch", type=int, default=12, help="windows per step, over all processes together")
     parser.add_argument("--dim", type=int, default=256, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)
@@ -101,31 +100,32 @@ def main() -> None:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # plain python
     dist.init_process_group("nccl" if cuda else "gloo", **alone)
     rank, world = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the next but one line asks for
         torch.cuda.set_device(device)
-        torch.use_deterministic_algorithms(True)  # needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment
+        torch.use_deterministic_algorithms(True)
     if args.batch % world:
         parser.error(f"--batch {args.batch} cannot be split evenly over {world} processes")
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
 
     torch.manual_seed(args.seed)  # the same initial weights on every rank ...
     shape = {"dim": args.dim, "layers": args.layers}
     model = GPT(**shape).to(device)
     mesh = init_device_mesh(device.type, (world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
     torch.manual_seed(args.seed + 1 + rank)  # ... but each its own dropout
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps, eta_min=5e-5)
-    windows = stdlib_windows()
-    held_out, windows = windows[-2 * args.batch :].to(device), windows[: -2 * args.batch]
+    windows, held_out = stdlib_windows().to(device).tensor_split([-2 * args.batch])
     sampler = ResumableSampler(windows, seed=args.seed, uneven="drop")  #!
     loader = torch.utils.data.DataLoader(windows, batch_size=args.batch // world, sampler=sampler, drop_last=True)
 
     def log(step: int, **values: float) -> None:
+        if rank == 0:
+            print(f"step {step}/{args.steps}", *(f" {k} {v:.4f}" for k, v in values.items()), flush=True)
         if rank == 0 and args.losses:
             with open(args.losses, "a") as file:
                 print(json.dumps({"step": step, **values}), file=file)  # floats with all their digits
@@ -140,17 +140,15 @@ def main() -> None:
         while step < args.steps:
             for batch in sampler.track(loader):  #!
                 optimizer.zero_grad()
-                loss = model(batch.to(device))
+                loss = model(batch)
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
                 step += 1
                 metrics = {"loss": global_mean(loss)}
                 if step % args.save_every == 0:
-                    metrics["val_loss"] = validate(model, held_out)
+                    metrics["val_loss"] = validate(model, held_out)  # draws no random numbers
                 log(step, **metrics)
-                if rank == 0:
-                    print(f"step {step}/{args.steps}  loss {metrics['loss']:.4f}", flush=True)
                 state = {"step": step, "epoch": sampler.epoch, "metrics": metrics, "model_config": shape}
                 if step == args.steps:
                     manager.save(**state)  #!

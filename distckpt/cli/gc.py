@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,8 @@ def gc(
     what a running job wrote. Exit status 1 if something could not be removed.
     """
     store = root_place(path).store
+    # What is unreadable is in the report.
+    logging.getLogger("distckpt").setLevel(logging.ERROR)
     if keep_last == 1:
         typer.echo("--keep-last 1: if that one is damaged, there is nothing to fall back to", err=True)
     policy = _policy(keep_last, keep_best, mode, best_count, keep_every)

@@ -6,47 +6,14 @@ Exit codes: 0 fine; 1 a finding (damage, a difference, something not found) or a
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import typer
-
-from distckpt import __version__
-from distckpt.cli import doctor, gc, ls, options, pin, show, verify
 from distckpt.cli.output import one_line
 from distckpt.errors import ConfigError, DistckptError
 
-app = typer.Typer(
-    name="distckpt",
-    help="Look at, check and tidy distckpt checkpoints. Exit status: 0 fine, 1 a finding, 2 wrong use.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("ls")(ls.ls)
-app.command("show")(show.show)
-app.command("verify")(verify.verify)
-app.command("gc")(gc.gc)
-app.command("doctor")(doctor.doctor)
-app.command("pin")(pin.pin)
-app.command("unpin")(pin.unpin)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"distckpt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
+_LS_FLAGS = frozenset({"--all", "-a", "--check", "--json"})
 
 
 class _Stderr(logging.Handler):
@@ -57,7 +24,7 @@ class _Stderr(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (``sys.argv`` by default). Returns the exit code, or exits with it (``SystemExit``)."""
+    """Run the command line (``sys.argv`` by default) and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding lacks is shown escaped, never an error.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
@@ -65,14 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr(logging.WARNING))
     logger.setLevel(logging.NOTSET)
-    options.debug_wanted = False
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        app(args=None if argv is None else list(argv), prog_name="distckpt")
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads has seen enough (``| head``); nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
     except DistckptError as error:
-        if options.debug_wanted:
+        if "--debug" in arguments:
             raise
         print(f"distckpt: error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command. The plainest ``ls`` does without typer, whose import takes longer than listing a root."""
+    rest = [argument for argument in arguments[1:] if argument not in _LS_FLAGS]
+    if arguments[:1] == ["ls"] and len(rest) == 1 and not rest[0].startswith("-"):
+        from distckpt.cli.listing import list_root
+
+        every = "--all" in arguments or "-a" in arguments
+        return list_root(rest[0], all=every, check="--check" in arguments, json="--json" in arguments)
+    from distckpt.cli.app import COMMANDS, build_app
+
+    named = arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS
+    try:
+        build_app(named)(args=arguments, prog_name="distckpt")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 

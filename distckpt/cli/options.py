@@ -6,15 +6,6 @@ from typing import Annotated
 
 import typer
 
-debug_wanted = False
-
-
-def _debug(wanted: bool) -> bool:
-    global debug_wanted
-    debug_wanted = debug_wanted or wanted
-    return wanted
-
-
 Where = Annotated[
     str,
     typer.Argument(metavar="PATH", show_default=False, help="Folder or URL: a root, a step's folder, or a manifest."),
@@ -22,7 +13,7 @@ Where = Annotated[
 Root = Annotated[str, typer.Argument(metavar="ROOT", show_default=False, help="Folder or URL of a root.")]
 Step = Annotated[int | None, typer.Option("--step", min=0, show_default=False, help="This step of the root.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="Show an error's traceback.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")]
 Metric = Annotated[
     str | None,
     typer.Option("--metric", metavar="NAME", show_default=False, help="What 'best' is about (default: the run's own)."),

@@ -113,6 +113,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, ind
 
     terminal = sys.stdout.isatty()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold" if terminal else "")
+    table.show_header = any(column.title for column in columns)
     for column in columns:
         table.add_column(
             Text(column.title),
@@ -144,9 +145,9 @@ def _cell(text: str, marks: bool) -> Any:
 
 
 @contextlib.contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback (bytes done, in all) that draws a bar on standard error; None where that is no terminal."""
-    if not sys.stderr.isatty():
+def byte_progress(title: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback (bytes done, in all) that draws a bar on standard error; None where there is none."""
+    if not enabled or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

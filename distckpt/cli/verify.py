@@ -46,7 +46,7 @@ def verify(
     chosen = found if all else found[:1]
     reports = []
     for committed, _ in chosen:
-        with byte_progress(f"step {committed.step}") as progress:
+        with byte_progress(f"step {committed.step}", enabled=mode != "quick") as progress:
             reports.append(
                 verify_checkpoint(
                     at.store, committed, mode=cast(Mode, mode), fraction=fraction, seed=seed, progress=progress
@@ -85,9 +85,8 @@ def _print(store: Store, chosen: Sequence[tuple[Committed, bool]], reports: Sequ
     for problem in problems:
         tensor = "" if problem.tensor is None else f", tensor {clean(problem.tensor)}"
         rank = "" if problem.rank is None else f", rank {problem.rank}"
-        print(
-            f"  {clean(problem.file)}{rank}{tensor}\n    {one_line(problem.what.removeprefix(f'{store.url}/{problem.file}: '))}"
-        )
+        what = problem.what.removeprefix(f"{store.url}/{problem.file}: ")
+        print(f"  {clean(problem.file)}{rank}{tensor}\n    {one_line(what)}")
     notes = [note for report in reports for note in report.notes]
     if notes:
         print("\nnotes:")

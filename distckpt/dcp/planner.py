@@ -302,3 +302,15 @@ def layout_of(entry: TensorEntry, meshes: Sequence[MeshEntry]) -> Layout:
     if entry.boxes is not None:
         explicit = tuple(tuple(Box(tuple(o), tuple(s)) for o, s in held) for held in entry.boxes)
     return Layout(Mesh(tuple(mesh.shape), ranks), tuple(entry.placements), explicit)
+
+
+def infer_layout(shape: tuple[int, ...], by_rank: Mapping[int, Sequence[Box]]) -> Layout:
+    """Return a layout for boxes that somebody else's plan gave to ranks: whole, row shards, or else explicit."""
+    ranks = sorted(by_rank, key=lambda r: (min((b.offsets for b in by_rank[r]), default=()), r))
+    if len(ranks) == 1 and list(by_rank[ranks[0]]) == [Box.whole(shape)]:
+        return Layout(Mesh.flat(ranks), ("R",))
+    if shape:
+        rows = Layout(Mesh.flat(ranks), ("S(0)",))
+        if all([h.box for h in held_boxes(shape, rows, r)] == list(by_rank[r]) for r in ranks):
+            return rows
+    return Layout(Mesh.flat(ranks), ("E",), tuple(tuple(by_rank[r]) for r in ranks))

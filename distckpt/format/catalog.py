@@ -125,12 +125,6 @@ def find_checkpoint(path_or_url: str | os.PathLike[str], *, strict: bool = False
     return Found(at.store, chosen, read_manifest(at.store, chosen), chosen not in line)
 
 
-def locate(path_or_url: str | os.PathLike[str], *, strict: bool = False) -> tuple[Store, Committed]:
-    """Return (store, commit) that a path or URL means; chooses and raises as ``find_checkpoint``."""
-    found = find_checkpoint(path_or_url, strict=strict)
-    return found.store, found.committed
-
-
 def _newest(store: Store, line: list[Committed], committed: list[Committed], strict: bool) -> Found:
     if not line:
         others = f"; {len(committed)} strays of older jobs are" if committed else ""

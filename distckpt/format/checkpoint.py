@@ -19,7 +19,7 @@ from distckpt.boxes import Box
 from distckpt.errors import ConfigError, IncompatibleState, ShardError
 from distckpt.format import typed_json
 from distckpt.format.box_reader import Source, fill, open_shard, sources_tile
-from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints, locate
+from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
 from distckpt.format.layout import Layout, Mesh, candidate_ranks
 from distckpt.format.lineage import Committed
@@ -31,7 +31,7 @@ from distckpt.storage.base import Store
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo", "list_checkpoints", "locate", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo", "list_checkpoints", "open_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from distckpt.boxes import Box
 
 Interval = tuple[int, int]
-_PLACEMENT = re.compile(r"R|E|S\((\d{1,2})\)|SS\((\d{1,2}),([1-9]\d{0,5})\)")
+_PLACEMENT = re.compile(r"R|E|S\((0|[1-9][0-9]?)\)|SS\((0|[1-9][0-9]?),([1-9][0-9]{0,5})\)")
 
 
 @dataclass(frozen=True, slots=True)

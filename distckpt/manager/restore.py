@@ -243,7 +243,7 @@ def _match(
             report.loaded.append(name)
         elif name in saved_names:
             report.unexpected.append(name)
-        else:
+        elif state.aliases.get(name) not in saved_names:  # a tied name is there under its other name
             report.missing.append(name)
 
 

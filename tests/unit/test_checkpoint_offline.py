@@ -9,10 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from builders import build_checkpoint, shard_paths, some_tensors
+from builders import build_checkpoint, prepare, shard_paths, some_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from distckpt.errors import (
 )
 from distckpt.format import box_reader, typed_json
 from distckpt.format.checkpoint import Checkpoint, open_checkpoint
-from distckpt.format.lineage import read_manifest
+from distckpt.format.lineage import Committed, read_manifest
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.posix import PosixStore
 
@@ -226,6 +227,40 @@ def test_missing_swapped_and_truncated_shards(store: PosixStore) -> None:
     one.unlink()
     with pytest.raises(ShardError, match=r"00000-of-00002.*missing"):
         open_checkpoint(step).read("w")
+
+
+def test_a_manifest_that_contradicts_its_shards() -> None:
+    """All digests are right, but the manifest promises other rows, another dtype, another save, or a huge tensor."""
+    store = MemoryStore()
+    honest = prepare(store, 1, tensors={"w": np.zeros((8, 4), np.float32)})
+
+    def read(**changed: object) -> None:
+        lie = (
+            {"tensors": {"w": msgspec.structs.replace(honest.tensors["w"], **changed)}}
+            if "save_id" not in changed
+            else changed
+        )
+        manifest = msgspec.structs.replace(honest, **lie)  # type: ignore[arg-type]
+        Checkpoint(store, Committed(1, 1, "unused"), manifest).read("w")
+
+    read()
+    for changed in ({"shape": [9, 4]}, {"shape": [8, 5]}, {"dtype": "int32"}, {"shape": [1 << 40, 1 << 18]}):
+        with pytest.raises(ShardError, match=r"of rank 0.*in the manifest"):
+            read(**changed)
+    with pytest.raises(ShardError, match="mixed up"):
+        read(save_id="another")
+
+
+def test_shards_that_leave_a_hole_are_not_read() -> None:
+    """Memory that nothing was read into must never be handed out."""
+    store = MemoryStore()
+    manifest = prepare(store, 1, tensors={"w": np.ones((8, 4), np.float32)})
+    checkpoint = Checkpoint(store, Committed(1, 1, "unused"), manifest)
+    checkpoint._open([0, 1])
+    checkpoint._boxes[1] = {}
+    with pytest.raises(ShardError, match=r"'w' exactly once: boxes cover 16 of 32"):
+        checkpoint.read("w")
+    assert checkpoint.read_box("w", Box((0, 0), (4, 4))).sum() == 16
 
 
 # ---------------------------------------------------------------- the rest of a checkpoint

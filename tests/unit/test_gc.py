@@ -153,6 +153,8 @@ def test_data_that_another_manifest_needs_stays(store: Store) -> None:
     both = msgspec.structs.replace(shared, shards=manifest.shards, save_id=manifest.save_id)
     two = Committed(100, 2, commit(store, both))
     steps(store, 200, 300, generation=2)
+    planned = collected(store, [one], current_generation=2, dry_run=True)
+    assert planned.freed_bytes == store.size(one.manifest_path)
     report = collected(store, [one], current_generation=2)
     assert report.removed == (one,)
     assert verify(store, two, mode="full").ok

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import shard_paths
+from builders import prepare, shard_paths
 from collecting import DAY, all_whole, collected, files, later, orphan, steps
 
 from distckpt import failpoints
 from distckpt.errors import StoreError
 from distckpt.format import names
+from distckpt.format.commit import commit
 from distckpt.format.digest import digest
-from distckpt.format.lineage import create_generation
+from distckpt.format.lineage import create_generation, list_committed
 from distckpt.format.verify import verify
+from distckpt.manager import gc
 from distckpt.manager.gc import take_snapshot
 from distckpt.manager.gc_plan import plan_gc
 from distckpt.storage.base import Store
@@ -52,6 +54,24 @@ def test_orphans_go_when_old_and_of_an_older_job(store: Store, monkeypatch: pyte
     assert "step-0000000200" not in store.list_folders("")
     assert report.kept == (current,)
     assert all_whole(store)
+
+
+def test_an_orphan_that_is_committed_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps(store, 300, generation=2)
+    manifest = prepare(store, 200, 1)
+    later(monkeypatch, store, 2 * DAY)
+
+    def committing_plan(*args: object, **options: object) -> object:
+        plan = plan_gc(*args, **options)  # type: ignore[arg-type]
+        commit(store, manifest, check_fencing=False)
+        return plan
+
+    monkeypatch.setattr(gc, "plan_gc", committing_plan)
+    report = collected(store, [], current_generation=2)
+    assert report.orphans_removed == ()
+    assert f"step-0000000200/{manifest.attempt}" in report.reasons
+    assert all_whole(store)
+    assert len(list_committed(store)) == 2
 
 
 def test_age_is_counted_by_the_newest_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
