@@ -97,6 +97,10 @@ class CheckpointConfig:
         for name in ("per_rank", "drop_on_resize", "preemption_signals"):
             if isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want a sequence of names, not one string")
+        if self.mode == "full" and self.async_save:
+            raise ConfigError(
+                "mode='full' gathers tensors on the training thread: async_save=True needs mode='sharded'"
+            )
         both = set(self.per_rank) & set(self.drop_on_resize)
         if both:
             raise ConfigError(f"{sorted(both)} are in per_rank and in drop_on_resize: choose one")
@@ -104,8 +108,11 @@ class CheckpointConfig:
     def public(self) -> dict[str, Any]:
         """Return the settings that are plain values, for provenance; never the root, which may carry secrets."""
         plain = (str, int, float, bool, type(None))
-        return {f.name: getattr(self, f.name) for f in fields(self)
-                if f.name != "checkpoint_dir" and isinstance(getattr(self, f.name), plain)}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name != "checkpoint_dir" and isinstance(getattr(self, f.name), plain)
+        }
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

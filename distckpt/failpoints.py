@@ -49,10 +49,13 @@ def arm(spec: str) -> None:
     _armed = _parse(spec)
 
 
-def record() -> list[str]:
-    """Start recording hits as ``name@detail`` and return the live list (used to enumerate kill points)."""
+def record(into: list[str] | None = None) -> list[str]:
+    """Start recording hits as ``name@detail`` and return the live list (used to enumerate kill points).
+
+    ``into``: append to this list, whose ``append`` may do more than keep (it is called before anything armed acts).
+    """
     global _trace
-    _trace = []
+    _trace = [] if into is None else into
     return _trace
 
 

@@ -15,6 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 cd "$ROOT"
 
 STEPS=40 EVERY=8 RUN=runs/demo
+SIZE=(--dim 192 --layers 4 --steps $STEPS --save-every $EVERY)
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=ERROR
 export CUDA_VISIBLE_DEVICES= # the same demo on every machine: CPU and gloo, over the loopback interface
 [[ -e /sys/class/net/lo ]] && export GLOO_SOCKET_IFNAME=lo
@@ -44,9 +45,9 @@ job() {
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     local ranks=$2 root=$3 name=$4
     shift 4
-    "$PYTHON" launch/demo_job.py ${options[@]+"${options[@]}"} -- \
-        "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
-        launch/train_lm.py --dir "$root" --losses "$RUN/$name.jsonl" --dim 192 --steps $STEPS --save-every $EVERY "$@" 8>&- &
+    local torchrun=("$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks")
+    local train=(launch/train_lm.py --dir "$root" --losses "$RUN/$name.jsonl" "${SIZE[@]}" "$@")
+    "$PYTHON" launch/demo_job.py ${options[@]+"${options[@]}"} -- "${torchrun[@]}" "${train[@]}" 8>&- &
     JOB=$!
     wait "$JOB" || code=$?
     JOB=
@@ -79,7 +80,7 @@ compare state $RUN/reference $RUN/run --until $STEPS
 
 middle=$((STEPS - EVERY))
 for ranks in 3 1; do
-    title "go on from step $middle again, on $ranks rank(s) instead of 2"
+    title "go on from step $middle again, on another number of ranks: $ranks"
     job -- $ranks $RUN/run on-$ranks --load $middle
     echo "-- compared with the reference:"
     compare close $RUN/reference.jsonl $RUN/on-$ranks.jsonl --until $STEPS

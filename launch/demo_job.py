@@ -58,8 +58,16 @@ def open_attempts(root: Path, from_step: int) -> list[Path]:
     for attempt in root.glob("step-*/g*-*"):
         step, generation = int(attempt.parent.name.removeprefix("step-")), attempt.name.partition("-")[0]
         if step >= from_step and not (attempt.parent / f"manifest-{generation}.json").exists():
-            found += [attempt] if any(shard.stat().st_size for shard in attempt.glob("*.safetensors")) else []
+            found += [attempt] if any(size_of(shard) for shard in attempt.glob("*.safetensors")) else []
     return found
+
+
+def size_of(path: Path) -> int:
+    """Return a file's size; 0 if it is removed while we look."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def report(root: Path, torn: Path, killed: int) -> None:

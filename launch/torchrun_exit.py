@@ -1,10 +1,10 @@
-"""Run torchrun, and exit with 85 if its workers were preempted: torchrun itself turns every failure into 1.
+"""Run torchrun, and exit with the code that its workers left with, 85 for preempted; torchrun itself always says 1.
 
     python launch/torchrun_exit.py --nnodes 2 --nproc-per-node 8 ... launch/train_lm.py --dir ...
 
-Takes torchrun's arguments. Each worker notes its exit code in a folder of this host. If one left with 85 (it saved,
-and wants to run again) and none with another error, so does this; torchrun may SIGTERM the rest on their way out,
-which is why a worker without a note does not count. A scheduler can then tell "run me again" from "I am broken".
+Takes torchrun's arguments. Each worker notes its exit code in a folder of this host. If all that failed note the same
+code, this is the exit code here too; else it is torchrun's. A worker without a note does not count, since torchrun
+ends the others once one has left. So a scheduler can tell 85 (saved, run me again) from 1 (broken) and 2 (wrong use).
 """
 
 import os
@@ -21,12 +21,12 @@ PREEMPTED = 85  # distckpt.manager.preempt.EXIT_PREEMPTED
 def worker(script: str, arguments: list[str]) -> None:
     """Run the training script in this very process, which therefore gets all signals, and note how it ended."""
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
-    code: object = 1
+    code = 1
     try:
         runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as error:
-        code = error.code or 0
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     finally:
         if code == PREEMPTED:
@@ -47,8 +47,9 @@ def launcher(arguments: list[str]) -> int:
         except BaseException as error:  # ChildFailedError, SignalException, SystemExit: all end here
             failed = error
         codes = {note.read_text() for note in Path(folder).iterdir()} - {"0"}
-    if codes == {str(PREEMPTED)}:
-        return PREEMPTED
+    if len(codes) == 1 and codes != {"1"}:
+        print(f"torchrun_exit: the workers left with {codes}", file=sys.stderr)
+        return int(codes.pop())
     if failed is not None:
         raise failed
     return 0

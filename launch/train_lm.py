@@ -95,7 +95,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--losses", help="file to which rank 0 adds a line of JSON per step")
     args = parser.parse_args()
-
     cuda = torch.cuda.is_available()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # plain python
     dist.init_process_group("nccl" if cuda else "gloo", **alone)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types, tests. Arguments go to pytest (paths from the top of the checkout): bash tests/run.sh tests/unit -k sampler
+# Lint, types, tests. Arguments go to pytest, paths from the top of the checkout:
+#   bash tests/run.sh tests/unit -k sampler
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
 cd "$ROOT"

@@ -25,8 +25,8 @@ from distckpt.cli.select import path_of, place, root_of, run_metric
 from distckpt.errors import CheckpointNotFound
 from distckpt.format import names
 from distckpt.format.catalog import CheckpointInfo, Location, list_checkpoints
-from distckpt.format.doctor import Uncommitted, uncommitted
 from distckpt.format.lineage import Committed
+from distckpt.format.uncommitted import Uncommitted, uncommitted
 from distckpt.format.verify import quick_check
 from distckpt.manager import ranking
 from distckpt.storage.base import Store

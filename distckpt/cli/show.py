@@ -186,8 +186,10 @@ def _print_lineage(checkpoint: Checkpoint) -> None:
         ]
         _section(columns, [[clean(cell) for cell in row] for row in rows])
     provenance = checkpoint.manifest.provenance
-    if provenance is not None:
-        print(f"\nprovenance: {_json(provenance)}")
+    if isinstance(provenance, dict):
+        rows = [[clean(name), _short(value)] for name, value in provenance.items() if value is not None]
+        if rows:
+            _section([Column("provenance"), Column("", fold=True)], rows)
 
 
 def _section(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:

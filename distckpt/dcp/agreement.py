@@ -290,7 +290,7 @@ class Agreement:
 
     @property
     def _patience_s(self) -> float:
-        return max(1.0, self.timeout_s)
+        return max(10.0, self.timeout_s)  # a TCPStore may look up this host's name when it connects
 
     def _ask(self, what: str, op: Callable[[Store], T]) -> T:
         try:

@@ -19,7 +19,9 @@ from distckpt.dcp.replicas import host_bytes
 from distckpt.format.layout import held_boxes, replica_of
 
 
-def gather_tensors(state: State, plan: Plan, rank: int, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor | None]]:
+def gather_tensors(
+    state: State, plan: Plan, rank: int, order: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield (FQN, whole tensor on the host) in the given order on rank 0, (FQN, None) on the others.
 
     ``plan`` is the sharded plan, whose layouts say who holds what. All ranks iterate in lockstep; one tensor is in

@@ -42,8 +42,10 @@ class TensorLeaf:
         for held, tensor in self.parts:
             if held.contains(box):
                 return tensor[_slices(box.relative_to(held.offsets))]
-        raise IncompatibleState(f"{self.fqn}: this rank does not hold box {box.offsets}+{box.sizes}; held: "
-                                f"{[(b.offsets, b.sizes) for b, _ in self.parts]}")
+        raise IncompatibleState(
+            f"{self.fqn}: this rank does not hold box {box.offsets}+{box.sizes}; held: "
+            f"{[(b.offsets, b.sizes) for b, _ in self.parts]}"
+        )
 
     @property
     def local_nbytes(self) -> int:
@@ -118,7 +120,9 @@ def tensor_leaf(fqn: str, value: torch.Tensor) -> TensorLeaf:
 
 def _checked(fqn: str, local: torch.Tensor) -> torch.Tensor:
     if local.is_meta:
-        raise IncompatibleState(f"{fqn} is on the meta device and has no bytes; materialise it before saving or loading")
+        raise IncompatibleState(
+            f"{fqn} is on the meta device and has no bytes; materialise it before saving or loading"
+        )
     if local.layout is not torch.strided or local.is_quantized:
         raise IncompatibleState(f"{fqn} is a {local.layout} tensor; convert it to a dense one before saving")
     return local
@@ -128,7 +132,7 @@ def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
     placements = tuple(_placement_text(fqn, p) for p in value.placements)
     mesh = value.device_mesh.mesh
     layout = Layout(Mesh(tuple(mesh.shape), tuple(mesh.flatten().tolist())), placements)
-    local = _checked(fqn, value.detach().to_local())
+    local = _checked(fqn, value.to_local().detach())
     shape = tuple(value.shape)
     parts = []
     if value.device_mesh.get_coordinate() is not None:
@@ -162,7 +166,10 @@ def _sharded_tensor_leaf(fqn: str, value: Any) -> TensorLeaf:
         by_rank.setdefault(shard.placement.rank(), []).append(Box(tuple(shard.shard_offsets), tuple(shard.shard_sizes)))
     world = torch.distributed.get_world_size()
     layout = Layout(Mesh.flat(range(world)), ("S(0)",))
-    if any([h.box for h in held_boxes(shape, layout, r)] != [b for b in by_rank.get(r, []) if b.numel] for r in range(world)):
+    if any(
+        [h.box for h in held_boxes(shape, layout, r)] != [b for b in by_rank.get(r, []) if b.numel]
+        for r in range(world)
+    ):
         ranks = sorted(by_rank)
         layout = Layout(Mesh.flat(ranks), ("E",), tuple(tuple(by_rank[r]) for r in ranks))
     parts = tuple(
@@ -181,7 +188,7 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().reshape(-1)
     if flat.numel() and flat.data_ptr() != tensor.data_ptr():
         raise ValueError("byte_view needs a contiguous tensor")
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def flatten_tree(prefix: str, tree: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -132,10 +132,15 @@ def merge_tables(by_rank: Sequence[Table]) -> Plan:
             sources.setdefault(name, []).append(ranks[0])
         for alias, target in table.aliases.items():
             if aliases.setdefault(alias, target) != target:
-                raise ReplicasDiffer(f"{alias} is tied to {aliases[alias]} on some ranks and to {target} on ranks {ranks}")
+                raise ReplicasDiffer(
+                    f"{alias} is tied to {aliases[alias]} on some ranks and to {target} on ranks {ranks}"
+                )
     resolved = {fqn: _resolve(fqn, row, holders[fqn]) for fqn, row in sorted(rows.items())}
-    kept = {n: tuple(sorted(r)) if objects[n] == "groups" else (min(r),) for n, r in sources.items()
-            if objects[n] in ("replicated", "groups")}
+    kept = {
+        n: tuple(sorted(r)) if objects[n] == "groups" else (min(r),)
+        for n, r in sources.items()
+        if objects[n] in ("replicated", "groups")
+    }
     return Plan(len(by_rank), resolved, dict(sorted(aliases.items())), dict(sorted(objects.items())), kept)
 
 
@@ -155,8 +160,12 @@ def _join(known: Row, row: Row) -> Row | None:
         copies, shape, placements = first.mesh.shape[0], first.mesh.shape[1:], first.placements[1:]
     else:
         shape, placements = first.mesh.shape, first.placements
-    disjoint = not set(first.mesh.ranks) & set(other.mesh.ranks)
-    if (shape, placements) != (other.mesh.shape, other.placements) or not disjoint:
+    if (shape, placements) != (other.mesh.shape, other.placements):
+        return None
+    size = math.prod(shape)
+    if other.mesh.ranks in (first.mesh.ranks[i * size : (i + 1) * size] for i in range(copies)):
+        return known  # a further rank of a sub-mesh that was joined before
+    if set(first.mesh.ranks) & set(other.mesh.ranks):
         return None
     mesh = Mesh((copies + 1, *shape), first.mesh.ranks + other.mesh.ranks)
     return Row(known.dtype, known.shape, Layout(mesh, ("R", *placements)))
@@ -215,7 +224,7 @@ def split_among_replicas(pieces: Sequence[Piece], index: int, count: int) -> lis
         nbytes = _nbytes(piece)
         start = 0 if index == 0 else _cut_row(piece, nbytes, low - at)
         stop = _rows(piece) if index == count - 1 else _cut_row(piece, nbytes, high - at)
-        if start < stop or (nbytes == 0 and index == 0):
+        if start < stop if nbytes else index == 0:
             whole = stop - start == _rows(piece)
             box = piece.box if whole or nbytes == 0 else piece.box.rows(start, stop)
             out.append(Piece(piece.fqn, piece.dtype, piece.global_shape, box))
@@ -256,7 +265,9 @@ def check_tiling(plan: Plan, by_rank: Sequence[Sequence[Piece]]) -> None:
         if problem is None and not math.prod(row.shape) and len(boxes[fqn]) != 1:
             problem = f"{len(boxes[fqn])} boxes for a tensor without elements"
         if problem:
-            raise IncompatibleState(f"{fqn} {list(row.shape)}: {problem}; the layouts that ranks report contradict each other")
+            raise IncompatibleState(
+                f"{fqn} {list(row.shape)}: {problem}; the layouts that ranks report contradict each other"
+            )
 
 
 def pieces_digest(pieces: Sequence[Piece]) -> str:

@@ -55,7 +55,9 @@ class DistckptStorageWriter(StorageWriter):
     ``use_collectives=False``, which has no single commit.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = DEFAULT_THREADS) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = DEFAULT_THREADS
+    ) -> None:
         self.threads = threads
         self._given_step = step
         self._generation: dict[str, int] = {}
@@ -74,7 +76,9 @@ class DistckptStorageWriter(StorageWriter):
         """See ``StorageWriter``."""
         self._coordinator = is_coordinator
         if kwargs.get("use_collectives", True) is False:
-            raise ConfigError("use_collectives=False commits ranks one by one; distckpt commits a checkpoint as a whole")
+            raise ConfigError(
+                "use_collectives=False commits ranks one by one; distckpt commits a checkpoint as a whole"
+            )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """See ``StorageWriter``."""
@@ -110,7 +114,9 @@ class DistckptStorageWriter(StorageWriter):
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
             shape = tuple(item.tensor_data.size)
-            pieces.append(Piece(item.index.fqn, dtype_name(tensor.dtype), shape, Box(tuple(chunk.offsets), tuple(chunk.sizes))))
+            pieces.append(
+                Piece(item.index.fqn, dtype_name(tensor.dtype), shape, Box(tuple(chunk.offsets), tuple(chunk.sizes)))
+            )
             tensors.append(tensor)
         store = open_store(self._url)
         folder = f"{names.step_folder(self.step)}/{attempt}"
@@ -136,7 +142,9 @@ class DistckptStorageWriter(StorageWriter):
     def finish(self, metadata: dcp_metadata.Metadata, results: list[list[WriteResult]]) -> None:
         """Commit (coordinator only): until the manifest is linked, nothing of this save exists for a reader."""
         attempt, save_id, _, world = self._plans[0].storage_data
-        receipts = sorted((r for rank in results for r in rank if r.index.fqn == _RECEIPT), key=lambda r: r.storage_data[0])
+        receipts = sorted(
+            (r for rank in results for r in rank if r.index.fqn == _RECEIPT), key=lambda r: r.storage_data[0]
+        )
         objects: dict[str, Any] = {}
         for receipt in receipts:
             objects |= {name: typed_json.decode(value) for name, value in receipt.storage_data[2].items()}
@@ -162,7 +170,9 @@ class DistckptStorageWriter(StorageWriter):
             provenance=typed_json.encode({"dcp": {"planner_data": metadata.planner_data}}),
             software={"torch": str(torch.__version__)},
             shards=[
-                ShardEntry(path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size_in_bytes, header=r.storage_data[1])
+                ShardEntry(
+                    path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size_in_bytes, header=r.storage_data[1]
+                )
                 for rank, r in enumerate(receipts)
             ],
         )

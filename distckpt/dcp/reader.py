@@ -118,8 +118,14 @@ class CheckpointReader:
             found += [(shard, s) for s in self._boxes[shard].get(name, ()) if s.box.intersect(box)]
         return found
 
-    def read(self, wants: Sequence[Want], *, threads: int = 4, compare: bool = False,
-             progress: Callable[[int], None] | None = None) -> ReadStats:
+    def read(
+        self,
+        wants: Sequence[Want],
+        *,
+        threads: int = 4,
+        compare: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> ReadStats:
         """Fill every want's target, or with ``compare`` only compare it with storage, bit for bit.
 
         Differences end up in ``stats.mismatches`` as texts that name FQN and box. Raises ``ShardError`` for
@@ -154,7 +160,9 @@ class CheckpointReader:
         by_block: dict[tuple[int, int, int], tuple[StoredBox, list[Want]]] = {}
         for want in wants:
             if tuple(want.target.shape) != want.box.sizes:
-                raise IncompatibleState(f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}")
+                raise IncompatibleState(
+                    f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}"
+                )
             if not want.box.numel:
                 continue
             self.stats.wanted_bytes += want.box.numel * want.target.element_size()
@@ -175,7 +183,9 @@ class CheckpointReader:
             block = self._headers[shard].block
             nbytes = min(block, stored.nbytes - number * block)
             first = number * block // itemsize(stored.dtype)
-            yield _BlockRead(stored, shard, start + number * block, nbytes, stored.digests[number], first, tuple(served))
+            yield _BlockRead(
+                stored, shard, start + number * block, nbytes, stored.digests[number], first, tuple(served)
+            )
 
     def _request(self, shard: int, blocks: list[_BlockRead], *, compare: bool) -> int:
         path = self.shard_path(shard)
@@ -185,7 +195,9 @@ class CheckpointReader:
         try:
             self.store.read_into(path, start, buffer)
         except StoreError as error:
-            raise ShardError(f"{path}: bytes {start}..{stop} of rank {shard}'s shard cannot be read: {error}") from error
+            raise ShardError(
+                f"{path}: bytes {start}..{stop} of rank {shard}'s shard cannot be read: {error}"
+            ) from error
         with self._lock:
             self.stats.read_bytes += stop - start
             self.stats.requests += 1
@@ -228,9 +240,7 @@ def _slices(box: Box) -> tuple[slice, ...]:
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:
-    if live.dtype != saved.dtype:
-        return False
-    a, b = live.detach().cpu().contiguous().reshape(-1), saved.contiguous().reshape(-1)
+    a, b = live.detach().cpu().contiguous().reshape(-1), saved.to(live.dtype).contiguous().reshape(-1)
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 

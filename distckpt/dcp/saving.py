@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,8 @@ class SaveRequest:
     """What one save stores besides tensors; the same on all ranks except ``objects`` and ``replicas``.
 
     ``objects`` are encoded (typed JSON) by name. ``replicas`` are digests of replicated values, sent on the first
-    save of a structure.
+    save of a structure. ``trained``: FQNs of tensors that training changes; a fingerprint of them goes into the
+    manifest's provenance as ``weights``.
     """
 
     save_id: str
@@ -88,6 +89,7 @@ class SaveRequest:
     software: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, Any] = field(default_factory=dict)
     replicas: Mapping[str, str] | None = None
+    trained: frozenset[str] = frozenset()
 
 
 class _Receipt(msgspec.Struct, array_like=True):
@@ -98,6 +100,7 @@ class _Receipt(msgspec.Struct, array_like=True):
     objects: dict[str, str]
     sourced: dict[str, bytes]
     replicas: dict[str, str] | None
+    weights: str
 
 
 def table_of(state: State) -> Table:
@@ -108,7 +111,14 @@ def table_of(state: State) -> Table:
 
 
 def agree_plan(
-    agreement: Agreement, key: str, table: Table, cached: AgreedPlan | None, *, step: int, timeout_s: float, full: bool = False
+    agreement: Agreement,
+    key: str,
+    table: Table,
+    cached: AgreedPlan | None,
+    *,
+    step: int,
+    timeout_s: float,
+    full: bool = False,
 ) -> AgreedPlan:
     """Return the plan for all ranks' tables: the cached one if no rank's table changed since, else a new one.
 
@@ -191,7 +201,9 @@ def _attempt(
     begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
 
     def begin(_: list[bytes]) -> bytes:
-        return begin_attempt(store, step=request.step, generation=request.generation, nonce=uuid.uuid4().hex[:8]).encode()
+        return begin_attempt(
+            store, step=request.step, generation=request.generation, nonce=uuid.uuid4().hex[:8]
+        ).encode()
 
     attempt = agreement.round(begin_key, b"", begin, deadline=deadline).decode()
     failpoints.hit("save.begun", request.save_id)
@@ -242,7 +254,11 @@ def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
 
 
 def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard) -> _Receipt:
-    shared = {n: typed_json.canonical(v) for n, v in request.objects.items() if agreed.written.objects[n] in (REPLICATED, GROUPS)}
+    shared = {
+        n: typed_json.canonical(v)
+        for n, v in request.objects.items()
+        if agreed.written.objects[n] in (REPLICATED, GROUPS)
+    }
     return _Receipt(
         size=written.size,
         header=written.header,
@@ -251,14 +267,39 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
         objects={n: digests.digest(v) for n, v in shared.items() if agreed.written.objects[n] == REPLICATED},
         sourced={n: v for n, v in shared.items() if rank in agreed.written.sources[n]},
         replicas=dict(request.replicas) if request.replicas is not None else None,
+        weights=fingerprint(agreed.pieces, written.digests, request.trained),
     )
+
+
+def fingerprint(pieces: Sequence[Piece], found: Sequence[Sequence[str]], names: Collection[str]) -> str:
+    """Return 32 hex digits that stand for the values of the named tensors' pieces; empty where there are none.
+
+    The sum modulo 2**128 of the xxh3-128 of each piece's [fqn, offsets, sizes, block digests] as JSON, so that the sum
+    over ranks does not depend on who wrote which piece.
+    """
+    total, count = 0, 0
+    for piece, blocks in zip(pieces, found, strict=True):
+        if piece.fqn in names and piece.box.numel:
+            text = msgspec.json.encode([piece.fqn, piece.box.offsets, piece.box.sizes, blocks])
+            total, count = total + int(digests.digest(text), 16), count + 1
+    return f"{total % 2**128:032x}" if count else ""
+
+
+def _provenance(request: SaveRequest, receipts: list[_Receipt]) -> Any:
+    """Return the request's provenance with the fingerprint of all ranks' trained weights, where there are any."""
+    parts = [int(r.weights, 16) for r in receipts if r.weights]
+    if not parts or not isinstance(request.provenance, Mapping):
+        return request.provenance
+    return {**request.provenance, "weights": f"{sum(parts) % 2**128:032x}"}
 
 
 def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
     """Check all receipts against the plan and put the manifest together (leader only)."""
     wrong = [rank for rank, (r, want) in enumerate(zip(receipts, agreed.expected, strict=True)) if r.pieces != want]
     if wrong:
-        raise LayoutChanged(f"step {request.step}: ranks {wrong} wrote other boxes than planned; the next save plans afresh")
+        raise LayoutChanged(
+            f"step {request.step}: ranks {wrong} wrote other boxes than planned; the next save plans afresh"
+        )
     if any(r.replicas is not None for r in receipts):
         check_replicas(agreed.held, [r.replicas or {} for r in receipts])
     meshes, tensors = manifest_tensors(agreed.written)
@@ -279,7 +320,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
         per_rank=sorted(n for n, k in agreed.written.objects.items() if k in (PER_RANK, DROP_ON_RESIZE)),
         metrics={k: typed_json.encode(v) for k, v in request.metrics.items()},
         config=typed_json.encode(request.config, where="$.model_config"),
-        provenance=typed_json.encode(request.provenance, where="$.provenance"),
+        provenance=typed_json.encode(_provenance(request, receipts), where="$.provenance"),
         software=dict(request.software),
         shards=[
             ShardEntry(path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size, header=r.header)
@@ -319,7 +360,9 @@ def merge_groups(name: str, by_rank: list[list[dict[str, Any]]]) -> list[dict[st
                 continue
             base = merged[position]
             if {k: v for k, v in base.items() if k != "params"} != {k: v for k, v in group.items() if k != "params"}:
-                raise ReplicasDiffer(f"{name}[{position}] has other settings on some ranks; give all stages the same groups")
+                raise ReplicasDiffer(
+                    f"{name}[{position}] has other settings on some ranks; give all stages the same groups"
+                )
             base["params"] += [p for p in group["params"] if p not in base["params"]]
     return merged
 
@@ -342,7 +385,13 @@ def _resolve(store: Store, request: SaveRequest, error: AgreementError) -> str:
 
 def save_error(step: int, error: AgreementError) -> DistckptError:
     """Return the first cause's own kind of error where callers act on it, else ``SaveFailed``."""
-    kinds: tuple[type[DistckptError], ...] = (StaleGeneration, LayoutChanged, ReplicasDiffer, IncompatibleState, UnserializableState)
+    kinds: tuple[type[DistckptError], ...] = (
+        StaleGeneration,
+        LayoutChanged,
+        ReplicasDiffer,
+        IncompatibleState,
+        UnserializableState,
+    )
     first = error.failures[0].kind if error.failures else ""
     kind = next((k for k in kinds if k.__name__ == first), SaveFailed)
     return kind(f"step {step} was not committed: {error}")

@@ -22,11 +22,12 @@ Source = Callable[[int], memoryview]
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What a rank tells the leader about its shard: file size in bytes, digest of its header, bytes of tensors."""
+    """What a rank knows of its shard: file size in bytes, digest of its header, bytes of tensors, each piece's digests."""
 
     size: int
     header: str
     nbytes: int
+    digests: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def write_shard(
         writer.abort()
         raise
     failpoints.hit("shard.written", name)
-    return WrittenShard(plan.size, digests.digest(header), sum(plan.nbytes))
+    return WrittenShard(plan.size, digests.digest(header), sum(plan.nbytes), tuple(map(tuple, found)))
 
 
 def _write_data(
@@ -143,4 +144,3 @@ def _segments(plan: ShardPlan) -> Iterator[list[_Slice]]:
                 current, filled = [], 0
     if current:
         yield current
-

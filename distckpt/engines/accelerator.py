@@ -96,14 +96,10 @@ def device_notes(saved: dict[str, Any] | None, here: Accelerator | None) -> list
     notes = []
     if saved is not None:
         lost = sorted(set(range(len(saved["states"]))) - set(sources.values()))
-        notes += [
-            f"{saved['type']}:{index}: state saved, but no such device here; not restored" for index in lost
-        ]
+        notes += [f"{saved['type']}:{index}: state saved, but no such device here; not restored" for index in lost]
     if here is not None and (here.initialised or sources):
         idle = sorted(set(range(here.count)) - set(sources))
         notes += [f"{here.name(index)}: no saved state, left as it is" for index in idle]
         moved = {index: source for index, source in sources.items() if index != source}
-        notes += [
-            f"{here.name(index)}: got the state of {here.name(source)}" for index, source in moved.items()
-        ]
+        notes += [f"{here.name(index)}: got the state of {here.name(source)}" for index, source in moved.items()]
     return notes

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from distckpt.dcp.leaves import State
 
 MODEL, OPTIM_STATE, OPTIM_GROUPS = "model.", "optim.state.", "optim.param_groups"
+ENGINE = "engine."
+"""Parts of this name belong to one engine (counters, loss scale); another engine leaves them out of a load."""
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -18,6 +20,8 @@ class Engine(Protocol):
     """What the manager asks of an engine. All methods are called on the training thread, on every rank."""
 
     name: str
+    parts: Mapping[str, Any]
+    """Objects with ``state_dict`` that the engine brings along: its scheduler, and ``engine.<name>`` for its own state."""
 
     def state(self, *, optimizer: bool) -> State:
         """Return the live state as leaves that share memory with it; allocates nothing and changes nothing."""
@@ -27,6 +31,9 @@ class Engine(Protocol):
 
         ``saved`` maps every saved FQN to (dtype name, global shape).
         """
+
+    def trained(self) -> frozenset[str]:
+        """Return the names (``model.<FQN>``) of the parameters that training changes: those that require gradients."""
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
         """Take over what was loaded: tensors that are not in place, param groups, other saved values."""

@@ -25,12 +25,16 @@ def engine_for(model: Any, optimizer: Any, engine: Any = None) -> Engine:
             raise ConfigError("give either engine=, which holds its model and optimizer, or model= and optimizer=")
         if isinstance(engine, Engine):
             return engine
-        raise ConfigError(f"engine={type(engine).__name__} is not an engine that distckpt knows; pass model= and optimizer=")
+        raise ConfigError(
+            f"engine={type(engine).__name__} is not an engine that distckpt knows; pass model= and optimizer="
+        )
     module = _one_module(model)
     optimizers = tuple(_each(optimizer))
     for single in optimizers:
         if not isinstance(single, torch.optim.Optimizer):
-            raise ConfigError(f"optimizer={type(single).__name__}: want a torch.optim.Optimizer, or a list or dict of them")
+            raise ConfigError(
+                f"optimizer={type(single).__name__}: want a torch.optim.Optimizer, or a list or dict of them"
+            )
     return FSDP1Engine(module, optimizers) if has_fsdp1(module) else TorchEngine(module, optimizers)
 
 
@@ -41,7 +45,9 @@ def _one_module(model: Any) -> nn.Module:
         return _Stages(model)
     if isinstance(model, Mapping) and model:
         return nn.ModuleDict(model)
-    raise ConfigError(f"model={type(model).__name__}: want an nn.Module, a list of pipeline stages, or a dict of modules")
+    raise ConfigError(
+        f"model={type(model).__name__}: want an nn.Module, a list of pipeline stages, or a dict of modules"
+    )
 
 
 def _each(optimizer: Any) -> Iterable[Any]:

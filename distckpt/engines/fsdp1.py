@@ -7,6 +7,7 @@ with ``set_*_state_dict`` after a load. Move to FSDP2 (``fully_shard``) where yo
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class FSDP1Engine:
     """Adapter for models wrapped in ``FullyShardedDataParallel``."""
 
     name = "fsdp1"
+    parts: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         self.model = model
@@ -44,7 +46,8 @@ class FSDP1Engine:
     def state(self, *, optimizer: bool) -> State:
         """See ``Engine.state``; here leaves are copies, and all ranks must call together (FSDP1 gathers)."""
         state = State()
-        self._model_state = get_model_state_dict(self.model)
+        self._model_state = dict(get_model_state_dict(self.model))
+        value: Any
         for key, value in self._model_state.items():
             name = MODEL + clean_fqn(key)
             if isinstance(value, torch.Tensor) or type(value).__name__ == "ShardedTensor":
@@ -73,6 +76,11 @@ class FSDP1Engine:
                     group.update(group_settings(objects[OPTIM_GROUPS], group["params"]))
             set_optimizer_state_dict(self.model, self.optimizers, self._optim_state)
 
+    def trained(self) -> frozenset[str]:
+        """See ``Engine.trained``."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(MODEL + clean_fqn(name) for name, parameter in named if parameter.requires_grad)
+
     def _alias_tied(self, state: State) -> None:
         first: dict[int, str] = {}
         self._tied = {}
@@ -85,7 +93,7 @@ class FSDP1Engine:
                 self._tied[fqn] = target
 
     def _add_optimizers(self, state: State) -> None:
-        self._optim_state = get_optimizer_state_dict(self.model, self.optimizers)
+        self._optim_state = dict(get_optimizer_state_dict(self.model, self.optimizers))
         for fqn, values in self._optim_state["state"].items():
             for key, value in values.items():
                 name = f"{OPTIM_STATE}{clean_fqn(fqn)}.{key}"

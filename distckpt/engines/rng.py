@@ -74,9 +74,7 @@ def restore_rng(state: RngState) -> list[str]:
     """
     differences = rng_differences(state)
     steps: list[tuple[str, Callable[[], None]]] = [
-        (name, partial(restore, state[name]))
-        for name, restore in _RESTORERS.items()
-        if state.get(name) is not None
+        (name, partial(restore, state[name])) for name, restore in _RESTORERS.items() if state.get(name) is not None
     ]
     here = current_accelerator()
     for index, saved in _device_states(state.get("devices"), here).items():
@@ -144,9 +142,7 @@ def derive_rng(states_of_old_rank: RngState, *, rank: int, step: int) -> RngStat
             "words": struct.pack(f"<{len(words)}I", *words),
             "gauss_next": gauss_next,
         },
-        "numpy": _copied(
-            {**_bit_generator(kind, _stream_seed(base, "numpy")).state, "has_gauss": 0, "gauss": 0.0}
-        ),
+        "numpy": _copied({**_bit_generator(kind, _stream_seed(base, "numpy")).state, "has_gauss": 0, "gauss": 0.0}),
         "torch": _to_bytes(seeded.get_state()),
         "devices": {"type": (states_of_old_rank.get("devices") or {}).get("type"), "base": base},
     }

@@ -24,9 +24,7 @@ Uneven = Literal["pad", "drop", "none"]
 Batch = TypeVar("Batch")
 
 VERSION: Final = 1
-_CHUNK: Final = (
-    1 << 16
-)  # indices turned into Python ints at a time, so that a long epoch costs no memory up front
+_CHUNK: Final = 1 << 16  # indices turned into Python ints at a time, so that a long epoch costs no memory up front
 
 
 class ResumableSampler(Sampler[int]):
@@ -68,9 +66,7 @@ class ResumableSampler(Sampler[int]):
         if self.length < 0:
             raise ConfigError(f"length={self.length}: want 0 or more samples")
         if self.num_replicas < 1 or not 0 <= self.rank < self.num_replicas:
-            raise ConfigError(
-                f"rank={self.rank}, num_replicas={self.num_replicas}: want 0 <= rank < num_replicas"
-            )
+            raise ConfigError(f"rank={self.rank}, num_replicas={self.num_replicas}: want 0 <= rank < num_replicas")
         if uneven not in get_args(Uneven):
             raise ConfigError(f"uneven={uneven!r}: want one of {', '.join(get_args(Uneven))}")
         self.epoch = 0

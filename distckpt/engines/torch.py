@@ -7,6 +7,7 @@ collective is called, and the optimizer is never stepped to make room for its st
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class TorchEngine:
     """Adapter for ``nn.Module`` and ``torch.optim.Optimizer``; several optimizers share one namespace by FQN."""
 
     name = "torch"
+    parts: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         self.model = model
@@ -65,6 +67,11 @@ class TorchEngine:
             self._finish_state(objects)
             if OPTIM_GROUPS in objects:
                 self._finish_groups(objects[OPTIM_GROUPS])
+
+    def trained(self) -> frozenset[str]:
+        """See ``Engine.trained``."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(MODEL + clean_fqn(name) for name, parameter in named if parameter.requires_grad)
 
     def _add_model(self, state: State) -> None:
         tensors = self.model.state_dict()  # first: under FSDP2 it reshards what forward left unsharded
@@ -227,5 +234,5 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, str]:
-    local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    local = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
     return (local.data_ptr(), dtype_name(local.dtype))

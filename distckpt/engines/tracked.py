@@ -40,13 +40,9 @@ class TrackedLoader(Generic[Batch]):
         batch_sampler = getattr(loader, "batch_sampler", None)
         sources = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
         if isinstance(loader, DataLoader) and not any(source is sampler for source in sources):
-            raise ConfigError(
-                "track: the DataLoader does not use this sampler; build it with DataLoader(sampler=...)"
-            )
+            raise ConfigError("track: the DataLoader does not use this sampler; build it with DataLoader(sampler=...)")
         if not getattr(loader, "in_order", True):
-            raise ConfigError(
-                "track: in_order=False hands out batches in no order that a position could describe"
-            )
+            raise ConfigError("track: in_order=False hands out batches in no order that a position could describe")
         self.batch_size: int | None = None
         for value in (getattr(loader, "batch_size", None), getattr(batch_sampler, "batch_size", None)):
             if isinstance(value, int) and self.batch_size is None:

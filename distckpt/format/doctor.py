@@ -7,7 +7,7 @@ have started.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -25,6 +25,7 @@ from distckpt.format.lineage import (
     read_root,
     store_now,
 )
+from distckpt.format.uncommitted import uncommitted
 from distckpt.format.verify import quick_check
 from distckpt.storage import PosixStore
 from distckpt.storage.base import Store
@@ -52,23 +53,6 @@ class Finding:
     level: Level
     check: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Uncommitted:
-    """An attempt folder that no manifest refers to: of a save in flight, or an orphan of one that died.
-
-    ``modified``: newest time in it by the store's clock, None if it is empty. ``in_doubt``: a manifest of the
-    same step can't be read and might be the one that refers to it.
-    """
-
-    folder: str
-    step: int
-    generation: int
-    files: int
-    nbytes: int
-    modified: float | None
-    in_doubt: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,42 +252,6 @@ def clock_finding(skew: float) -> Finding:
 
 
 # ---------------------------------------------------------------- attempts
-
-
-def uncommitted(store: Store) -> list[Uncommitted]:
-    """Return the attempts that no manifest refers to, by step and name. Raises ``StoreError``."""
-    by_step: dict[str, list[Committed]] = {}
-    for commit in list_committed(store):
-        by_step.setdefault(commit.folder, []).append(commit)
-    found = []
-    for folder in store.list_folders(""):
-        step = names.parse_step_folder(folder)
-        if step is None:
-            continue
-        used, in_doubt = _used(store, by_step.get(folder, ()))
-        for attempt in store.list_folders(folder):
-            parsed = names.parse_attempt_name(attempt)
-            if parsed is None or attempt in used:
-                continue
-            entries = list(store.list(f"{folder}/{attempt}"))
-            modified = max((entry.modified for entry in entries), default=None)
-            nbytes = sum(entry.size for entry in entries)
-            found.append(Uncommitted(f"{folder}/{attempt}", step, parsed[0], len(entries), nbytes, modified, in_doubt))
-    return found
-
-
-def _used(store: Store, committed: Iterable[Committed]) -> tuple[set[str], bool]:
-    """Return the attempts that the readable manifests refer to, and whether one can't be read."""
-    used: set[str] = set()
-    in_doubt = False
-    for commit in committed:
-        try:
-            manifest = read_manifest(store, commit)
-        except (CorruptCheckpoint, UnsupportedVersion, StoreError):
-            in_doubt = True
-        else:
-            used |= {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
-    return used, in_doubt
 
 
 def _check_uncommitted(store: Store, generations: Sequence[Generation], facts: dict[str, Any]) -> list[Finding]:

@@ -2,8 +2,9 @@
 
 A layout is a function of (global shape, mesh, placements), so a manifest stores it once per tensor instead of once
 per rank, and any process can compute any rank's boxes alone. The placements are DTensor's: ``R`` replicate,
-``S(dim)`` shard with ``torch.chunk`` semantics, ``SS(dim,factor)`` strided shard (FSDP2 + TP). ``E`` lists boxes
-for whatever has no closed form.
+``S(dim)`` shard with ``torch.chunk`` semantics, ``SS(dim,factor)`` strided shard (FSDP2 + TP). ``F(offset,partition)``
+is a ZeRO partition: the tensor lies flattened at ``offset`` in a buffer of which the i-th rank of that mesh dimension
+holds elements ``[i*partition, (i+1)*partition)``. ``E`` lists boxes for whatever has no closed form.
 """
 
 from __future__ import annotations
@@ -11,35 +12,45 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from distckpt.boxes import Box
+from distckpt.boxes import Box, flat_range_to_boxes
 
 Interval = tuple[int, int]
-_PLACEMENT = re.compile(r"R|E|S\((0|[1-9][0-9]?)\)|SS\((0|[1-9][0-9]?),([1-9][0-9]{0,5})\)")
+_PLACEMENT = re.compile(
+    r"R|E|S\((0|[1-9][0-9]?)\)|SS\((0|[1-9][0-9]?),([1-9][0-9]{0,5})\)|F\((0|[1-9][0-9]{0,17}),([1-9][0-9]{0,17})\)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One mesh dimension's placement. ``kind`` is ``R``, ``S``, ``SS`` or ``E``; ``factor`` is SS's split factor."""
+    """One mesh dimension's placement.
+
+    ``kind`` is ``R``, ``S``, ``SS``, ``F`` or ``E``; ``factor`` is SS's split factor; ``offset`` and ``partition`` are
+    F's, in elements.
+    """
 
     kind: str
     dim: int = 0
     factor: int = 1
+    offset: int = 0
+    partition: int = 0
 
 
 @lru_cache(maxsize=4096)
 def parse_placement(text: str) -> Placement:
-    """Parse ``R``, ``E``, ``S(0)`` or ``SS(0,4)``; raises ``ValueError`` for anything else."""
+    """Parse ``R``, ``E``, ``S(0)``, ``SS(0,4)`` or ``F(100,64)``; raises ``ValueError`` for anything else."""
     match = _PLACEMENT.fullmatch(text)
     if match is None:
-        raise ValueError(f"unknown placement {text!r}: want R, S(dim), SS(dim,factor) or E")
+        raise ValueError(f"unknown placement {text!r}: want R, S(dim), SS(dim,factor), F(offset,partition) or E")
     if match[1] is not None:
         return Placement("S", int(match[1]))
     if match[2] is not None:
         return Placement("SS", int(match[2]), int(match[3]))
+    if match[4] is not None:
+        return Placement("F", offset=int(match[4]), partition=int(match[5]))
     return Placement(text)
 
 
@@ -166,6 +177,9 @@ def held_boxes(shape: Sequence[int], layout: Layout, rank: int) -> list[Held]:
         return [Held(box, (0,) * box.ndim) for box in boxes]
     if not math.prod(shape):
         return [Held(Box.whole(shape), (0,) * len(shape))] if not any(coordinate) else []
+    flat = flat_range(shape, layout, rank)
+    if flat is not None:
+        return [Held(box, (0,) * box.ndim) for box in flat_range_to_boxes(shape, *flat)]
     per_dim: list[list[tuple[Interval, int]]] = []
     for extent, splits in zip(shape, _splits_by_dim(len(shape), layout), strict=True):
         key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
@@ -179,6 +193,20 @@ def held_boxes(shape: Sequence[int], layout: Layout, rank: int) -> list[Held]:
         )
         for combo in itertools.product(*per_dim)
     ]
+
+
+def flat_range(shape: Sequence[int], layout: Layout, rank: int) -> tuple[int, int] | None:
+    """Return the row-major element range ``(start, stop)`` of a rank's ZeRO partition; None for other layouts."""
+    coordinate = layout.mesh.coordinate(rank)
+    for mesh_dim, text in enumerate(layout.placements):
+        placement = parse_placement(text)
+        if placement.kind == "F":
+            if coordinate is None:
+                return (0, 0)
+            numel, begin = math.prod(shape), coordinate[mesh_dim] * placement.partition - placement.offset
+            start = min(max(begin, 0), numel)
+            return (start, max(start, min(begin + placement.partition, numel)))
+    return None
 
 
 def local_shape(shape: Sequence[int], layout: Layout, rank: int) -> tuple[int, ...]:
@@ -204,13 +232,28 @@ def replica_of(layout: Layout, rank: int) -> tuple[int, int]:
     return index, count
 
 
+def _flat_choices(shape: Sequence[int], layout: Layout, box: Box) -> list[list[dict[int, int]]]:
+    """Return the places in an F dimension whose partitions may meet the box, judged by its first and last element."""
+    low = high = 0
+    for extent, offset, end in zip(shape, box.offsets, box.ends, strict=True):
+        low, high = low * extent + offset, high * extent + end - 1
+    for mesh_dim, text in enumerate(layout.placements):
+        p = parse_placement(text)
+        if p.kind == "F":
+            last = min((p.offset + high) // p.partition, layout.mesh.shape[mesh_dim] - 1)
+            return [[{mesh_dim: i} for i in range((p.offset + low) // p.partition, last + 1)]]
+    return []
+
+
 def candidate_ranks(shape: Sequence[int], layout: Layout, box: Box) -> set[int]:
     """Return the ranks whose shards may hold a part of the box: every replica of every rank that holds any of it."""
     if layout.explicit is not None:
-        return {r for r, boxes in zip(layout.mesh.ranks, layout.explicit, strict=True) if any(map(box.intersect, boxes))}
+        return {
+            r for r, boxes in zip(layout.mesh.ranks, layout.explicit, strict=True) if any(map(box.intersect, boxes))
+        }
     if not box.numel:
         return set()
-    allowed: list[Iterator[dict[int, int]] | list[dict[int, int]]] = []
+    allowed = _flat_choices(shape, layout, box)
     for dim, splits in enumerate(_splits_by_dim(len(shape), layout)):
         key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
         low, high = box.offsets[dim], box.ends[dim]
@@ -220,7 +263,9 @@ def candidate_ranks(shape: Sequence[int], layout: Layout, box: Box) -> set[int]:
                 choices.append(dict(zip((m for m, _ in splits), at, strict=True)))
         allowed.append(choices)
     free = [m for m, text in enumerate(layout.placements) if text == "R"]
-    allowed.append([dict(zip(free, at, strict=True)) for at in itertools.product(*(range(layout.mesh.shape[m]) for m in free))])
+    allowed.append(
+        [dict(zip(free, at, strict=True)) for at in itertools.product(*(range(layout.mesh.shape[m]) for m in free))]
+    )
     found = set()
     for combo in itertools.product(*allowed):
         merged = {m: i for part in combo for m, i in part.items()}

@@ -127,11 +127,14 @@ def _entry_problem(tensor: TensorEntry, meshes: Sequence[MeshEntry]) -> str | No
         wrong = _placement_problem(text, len(tensor.shape))
         if wrong is not None:
             return f".placements: {wrong}"
+    flat = [text for text in tensor.placements if text[0] == "F"]
+    if flat and (len(flat) > 1 or any(text != "R" for text in tensor.placements if text[0] != "F")):
+        return f".placements {tensor.placements[:4]}: F goes with R only"
     return None
 
 
 def _placement_problem(text: str, ndim: int) -> str | None:
-    if len(text) > 32 or not text.isascii():
+    if len(text) > 48 or not text.isascii():
         return f"unknown placement {shown(text)}"
     try:
         placement = parse_placement(text)
@@ -139,7 +142,7 @@ def _placement_problem(text: str, ndim: int) -> str | None:
         return str(cause)
     if placement.kind == "E":
         return "E must stand alone"
-    if placement.kind != "R" and placement.dim >= ndim:
+    if placement.kind in ("S", "SS") and placement.dim >= ndim:
         return f"{text} shards dimension {placement.dim} of a tensor that has {ndim}"
     return None
 

@@ -29,9 +29,7 @@ def canonical(jsonable: Any) -> bytes:
     anything that isn't JSON. Keys must be str (the caller sees to it); tuples are written as arrays.
     """
     try:
-        text = json.dumps(
-            jsonable, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        text = json.dumps(jsonable, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as cause:
         raise UnserializableState(f"not plain JSON: {cause}; use typed_json.encode first") from cause

@@ -62,9 +62,7 @@ def write(value: Any) -> dict[str, Any] | None:
 
 def _check_size(nbytes: int) -> None:
     if nbytes > MAX_ARRAY_BYTES:
-        raise Refused(
-            f"{nbytes} bytes (at most {MAX_ARRAY_BYTES} in JSON); register it as a tensor of the state"
-        )
+        raise Refused(f"{nbytes} bytes (at most {MAX_ARRAY_BYTES} in JSON); register it as a tensor of the state")
 
 
 def _numpy_dtype_name(dtype: Any) -> str:
@@ -97,9 +95,7 @@ def _write_scalar(numpy: Any, value: Any) -> list[Any]:
 
 def _write_tensor(torch: Any, value: Any) -> dict[str, Any]:
     if value.layout is not torch.strided or value.device.type == "meta" or value.is_nested:
-        raise Refused(
-            f"a tensor of layout {value.layout} on {value.device} has no bytes to keep; make it dense"
-        )
+        raise Refused(f"a tensor of layout {value.layout} on {value.device} has no bytes to keep; make it dense")
     name = str(value.dtype).removeprefix("torch.")
     if not dtypes.is_known(name):
         raise Refused(f"dtype {value.dtype} can't be stored by value; save its integer values and scales")

@@ -86,9 +86,7 @@ class Encoder:
 
     def container(self, value: Any, where: str, depth: int) -> Any:
         if id(value) in self.open:
-            raise UnserializableState(
-                f"{where}: a {type(value).__qualname__} that contains itself can't be stored"
-            )
+            raise UnserializableState(f"{where}: a {type(value).__qualname__} that contains itself can't be stored")
         self.open.add(id(value))
         try:
             return _CONTAINERS[type(value)](self, value, where, depth)

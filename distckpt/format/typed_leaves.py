@@ -138,9 +138,7 @@ def _read_fraction(payload: Any) -> fractions.Fraction:
 def _write_moment(value: datetime.datetime | datetime.time) -> Any:
     if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
         kind = type(value.tzinfo).__qualname__
-        raise Refused(
-            f"its time zone is a {kind}, and only UTC and fixed offsets are kept; convert it to UTC"
-        )
+        raise Refused(f"its time zone is a {kind}, and only UTC and fixed offsets are kept; convert it to UTC")
     return [value.isoformat(), value.fold]
 
 
@@ -195,9 +193,7 @@ def find_enum(path: Any) -> type[enum.Enum]:
     module_name, colon, qualified = expect(path, str, "an enum's path").partition(":")
     found: Any = sys.modules.get(module_name)
     if not colon or not isinstance(found, types.ModuleType):
-        raise ValueError(
-            f"module {module_name[:100]!r} of enum {qualified[:100]!r} is not imported; import it first"
-        )
+        raise ValueError(f"module {module_name[:100]!r} of enum {qualified[:100]!r} is not imported; import it first")
     for part in qualified.split("."):
         if isinstance(found, types.ModuleType):
             found = object.__getattribute__(found, "__dict__").get(part)
@@ -274,7 +270,6 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
 }
 
 FACTORIES: Final[dict[str, Any]] = {
-    kind.__name__: kind
-    for kind in (list, dict, set, tuple, int, float, bool, str, bytes, collections.OrderedDict)
+    kind.__name__: kind for kind in (list, dict, set, tuple, int, float, bool, str, bytes, collections.OrderedDict)
 }
 """What a ``defaultdict`` may make; others are code, which a checkpoint doesn't hold."""

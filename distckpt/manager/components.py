@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from distckpt.dcp.leaves import (
     REPLICATED,
     State,
     flatten_tree,
+    tensor_leaf,
     tree_refs,
     unflatten_tree,
 )
 from distckpt.engines.rng import capture_rng
-from distckpt.errors import ConfigError, IncompatibleState
+from distckpt.errors import ConfigError, DistckptError, IncompatibleState
 
 RNG, EXTRA = "rng", "extra_state"
 _RESERVED = {"model", "optim", RNG, EXTRA}
@@ -41,7 +42,9 @@ class Components:
                 self._add(name + suffix, single)
         unknown = (set(config.per_rank) | set(config.drop_on_resize)) - set(self.parts) - {EXTRA}
         if unknown:
-            raise ConfigError(f"per_rank or drop_on_resize name {sorted(unknown)}, but stateful has {sorted(self.parts)}")
+            raise ConfigError(
+                f"per_rank or drop_on_resize name {sorted(unknown)}, but stateful has {sorted(self.parts)}"
+            )
 
     def _add(self, name: str, part: Any) -> None:
         if name.split(".")[0] in _RESERVED or name in self.parts:
@@ -67,13 +70,18 @@ class Components:
         if self.config.save_rng_state:
             state.add_object(RNG, capture_rng(), PER_RANK)
 
-    def add_targets(self, state: State, saved: Collection[str]) -> None:
-        """Add the live tensors of the parts as targets of a load; what is saved but not live is left to ``finish``."""
+    def add_targets(self, state: State, saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Add the live tensors of the parts as targets of a load, where they fit.
+
+        ``saved``: FQN to (dtype, shape). A whole tensor of another dtype or shape is read into memory of its own: a part
+        may grow, and its ``load_state_dict`` is the judge.
+        """
         for name, part in self.parts.items():
             if self.kind(name) == REPLICATED:
                 for fqn, tensor in flatten_tree(name, part.state_dict())[0].items():
-                    if fqn in saved:
-                        state.add_tensor(fqn, tensor)
+                    leaf = tensor_leaf(fqn, tensor) if fqn in saved else None
+                    if leaf is not None and (leaf.layout is not None or (leaf.dtype, leaf.shape) == saved[fqn]):
+                        state.add_leaf(leaf)
 
     def _add_tree(self, state: State, name: str, tree: Any) -> None:
         kind = self.kind(name)
@@ -90,7 +98,15 @@ class Components:
         absent = [ref for ref in tree_refs(tree) if ref not in tensors]
         if absent:
             raise IncompatibleState(f"stateful {name!r}: tensors {absent[:5]} of its saved state were not loaded")
-        self.parts[name].load_state_dict(unflatten_tree(tree, dict(tensors)))
+        try:
+            self.parts[name].load_state_dict(unflatten_tree(tree, dict(tensors)))
+        except DistckptError:
+            raise
+        except Exception as error:
+            raise IncompatibleState(
+                f"stateful {name!r}: {type(self.parts[name]).__name__}.load_state_dict refused its saved state "
+                f"({type(error).__name__}: {error}); leave it out with exclude=({name!r}, '{name}.*'), or restore what it was"
+            ) from error
 
 
 def _singles(part: Any) -> list[tuple[str, Any]]:

@@ -45,9 +45,16 @@ def resume_rows(report: LoadReport) -> list[tuple[str, str, str]]:
         row("RNG states", "rng", "entry per rank"),
         row("batch order", "sampler", "entries"),
         ("epoch, step", "loaded", f"epoch {report.epoch}, step {report.step}, generation {report.generation}"),
-        ("metrics", "loaded" if report.metrics else "none", ", ".join(f"{k}={v}" for k, v in list(report.metrics.items())[:4])),
-        ("world size", "same" if report.saved_world_size == report.world_size else "changed",
-         f"saved on {report.saved_world_size}, now {report.world_size}"),
+        (
+            "metrics",
+            "loaded" if report.metrics else "none",
+            ", ".join(f"{k}={v}" for k, v in list(report.metrics.items())[:4]),
+        ),
+        (
+            "world size",
+            "same" if report.saved_world_size == report.world_size else "changed",
+            f"saved on {report.saved_world_size}, now {report.world_size}",
+        ),
     ]
     if report.proved is not None:
         rows.append(("proof", "equal", f"{report.proved} tensors compared with storage bit for bit"))

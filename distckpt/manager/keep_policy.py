@@ -157,9 +157,7 @@ def protected(
     _at_least("minimum", minimum, 1)
     chosen = set(_oldest_first(candidates)[-minimum:]) | KeepPinned()(candidates)
     special = {resumed_from, (best.generation, best.step) if best is not None else None}
-    chosen |= {
-        i for i, candidate in enumerate(candidates) if (candidate.generation, candidate.step) in special
-    }
+    chosen |= {i for i, candidate in enumerate(candidates) if (candidate.generation, candidate.step) in special}
     return frozenset(chosen)
 
 

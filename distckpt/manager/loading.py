@@ -19,6 +19,7 @@ from distckpt.errors import (
     CorruptCheckpoint,
     DistckptError,
     IncompatibleState,
+    UnsupportedVersion,
 )
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
@@ -54,12 +55,17 @@ class Loader:
 
     def newest(self, key: str, options: LoadOptions) -> LoadReport | None:
         """Load the newest checkpoint of the lineage that every rank can load; None where there is none at all."""
-        names = self._ask(f"{key}/line", lambda: msgspec.json.encode([[c.step, c.generation, c.manifest_path] for c in self.root.line()]))
+        names = self._ask(
+            f"{key}/line",
+            lambda: msgspec.json.encode([[c.step, c.generation, c.manifest_path] for c in self.root.line()]),
+        )
         line = [Committed(*c) for c in msgspec.json.decode(names)]
         fallbacks: list[str] = []
         for number, committed in enumerate(line):
             try:
-                report = self._load(self.store, committed, f"{key}/{number}", options, self._path(self.store, committed))
+                report = self._load(
+                    self.store, committed, f"{key}/{number}", options, self._path(self.store, committed)
+                )
             except CorruptCheckpoint as error:
                 log.warning("falling back to an older checkpoint: %s", error)
                 fallbacks.append(str(error))
@@ -132,7 +138,12 @@ class Loader:
         try:
             return self.agreement.round(key, b"", lambda _: answer(), deadline=Deadline.after(self.config.timeout_s))
         except AgreementError as error:
-            kinds: tuple[type[DistckptError], ...] = (CheckpointNotFound, CorruptCheckpoint, IncompatibleState)
+            kinds: tuple[type[DistckptError], ...] = (
+                CheckpointNotFound,
+                CorruptCheckpoint,
+                IncompatibleState,
+                UnsupportedVersion,
+            )
             names = {f.kind for f in error.failures}
             for kind in kinds:
                 if kind.__name__ in names:

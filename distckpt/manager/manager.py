@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import platform
@@ -35,7 +36,6 @@ from distckpt.errors import (
     AgreementError,
     CommitInDoubt,
     ConfigError,
-    DistckptError,
     LayoutChanged,
     SaveFailed,
     StaleGeneration,
@@ -47,13 +47,15 @@ from distckpt.manager.components import Components
 from distckpt.manager.loading import Loader
 from distckpt.manager.preempt import Preempted
 from distckpt.manager.restore import LoadOptions, LoadReport
-from distckpt.manager.root import RunRoot
+from distckpt.manager.root import RunRoot, plain_metrics
 from distckpt.manager.saver import BackgroundSaver
 from distckpt.manager.schedule import Schedule
 from distckpt.manager.staging import StagingArena
 from distckpt.storage import open_store
 
 log = logging.getLogger("distckpt")
+_SERIALS = itertools.count(1)
+"""Numbers this process's managers, so that two in a row never share agreement keys (all ranks make them in one order)."""
 
 
 class CheckpointManager:
@@ -87,44 +89,64 @@ class CheckpointManager:
         self.config = config
         self.engine = engine_for(model, optimizer, engine)
         self.agreement = Agreement.from_environment(timeout_s=config.timeout_s, store=store)
+        self._saving = self.agreement.clone()  # the saving thread's own line to the other ranks
         self.store = open_store(config.checkpoint_dir)
-        self.components = Components(config, stateful or {}, scheduler, scaler)
+        self.components = Components(config, {**self.engine.parts, **(stateful or {})}, scheduler, scaler)
         self.root = RunRoot(self.store, config)
         self.schedule = Schedule(config, self.root, self.agreement)
         self.loader = Loader(config, self.agreement, self.store, self.root, self.engine, self.components)
         self.generation: int | None = None
         self.resumed_from: tuple[int, int] | None = None
         self.failures = 0
+        self._serial = next(_SERIALS) if self.agreement.world_size > 1 else 0
+        self._calls = 0
         self._saver, self._arena = BackgroundSaver(), StagingArena()
+        self._submitted = False
+        self._fresh = config.start_fresh
+        self._timeout_s = config.timeout_s
         self._plan: AgreedPlan | None = None
         self._saves = 0
         self._pending: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._last_path: str | None = None
-        self._weights: str | None = None
+        self._weights: tuple[int, str] | None = None
 
     # ------------------------------------------------------------------ saving
 
-    def step(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: float | None = None,
-             model_config: Any = None, extra_state: Any = None) -> str | None:
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        epoch: float | None = None,
+        model_config: Any = None,
+        extra_state: Any = None,
+    ) -> str | None:
         """Record metrics of a step, and save if the schedule, a threshold, a request or a preemption says so.
 
         Call it on every rank after each step. Returns the path of a save, else None. After a preemption notice it
         saves, waits for the commit, and raises ``Preempted``, which ends the process with exit code 85.
         """
-        self._record(step, metrics, epoch)
-        reason = self.schedule.decide(step, epoch, dict(metrics or {}))
+        values = plain_metrics(metrics)
+        self._record(step, values, epoch)
+        reason = self.schedule.decide(step, epoch, values)
         if reason is None:
             return None
         preempted = self.schedule.preempted
         log.info("step %d: saving (%s)", step, reason)
-        path = self._save(epoch, step, metrics, model_config, extra_state, asynchronous=None if not preempted else False)
+        path = self._save(epoch, step, values, model_config, extra_state, urgent=preempted)
         if preempted:
             raise Preempted(reason, step=step, path=path)
         return path
 
-    def save(self, epoch: float | None = None, step: int | None = None, metrics: Mapping[str, Any] | None = None,
-             model_config: Any = None, extra_state: Any = None) -> str | None:
+    def save(
+        self,
+        epoch: float | None = None,
+        step: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        model_config: Any = None,
+        extra_state: Any = None,
+    ) -> str | None:
         """Save now, on all ranks; returns the checkpoint's path, or None if it was not saved.
 
         None: ``save_best_only`` and not better, or busy with ``on_busy="skip"``, or the save failed and the policy
@@ -134,46 +156,56 @@ class CheckpointManager:
         """
         if step is None:
             raise ConfigError("save() needs step=: the number of optimizer steps taken so far")
-        self._record(step, metrics, epoch)
-        return self._save(epoch, step, metrics, model_config, extra_state, asynchronous=None)
+        values = plain_metrics(metrics)
+        self._record(step, values, epoch)
+        return self._save(epoch, step, values, model_config, extra_state)
 
     def wait(self) -> None:
         """Return when no save is in flight; a failed background save raises here if too many failed in a row."""
         self._saver.join(self.config.timeout_s * (self.config.retries + 1) + 60)
         self._surface()
 
-    def _save(self, epoch: float | None, step: int, metrics: Mapping[str, Any] | None, model_config: Any, extra_state: Any,
-              *, asynchronous: bool | None) -> str | None:
-        if self._saver.busy and self.config.on_busy != "wait" and self._all_busy():
-            if self.config.on_busy == "raise":
-                raise SaveFailed(f"step {step}: a save is in flight; wait() first, or set on_busy='wait'")
-            log.warning("step %d: not saved, a save is in flight (on_busy='skip')", step)
+    def _save(
+        self,
+        epoch: float | None,
+        step: int,
+        metrics: dict[str, Any],
+        model_config: Any,
+        extra_state: Any,
+        *,
+        urgent: bool = False,
+    ) -> str | None:
+        """Save under the policies; an urgent save (the job is about to be stopped) waits, and asks no policy."""
+        if not urgent and self._busy(step):
             return None
         self.wait()
         self._ensure_generation()
         if self._last_path is not None and self._last_path.endswith(names.step_folder(step)):
             log.info("step %d is saved already", step)
             return self._last_path
-        if self.config.save_best_only and not self.schedule.is_best(dict(metrics or {}), self._key("best")):
-            return None
-        self._saves += 1
-        job = self._prepare(epoch, step, metrics, model_config, extra_state)
         path = f"{self._url()}/{names.step_folder(step)}"
-        if self.config.async_save if asynchronous is None else asynchronous:
-            self._saver.submit(job, str(step))
-        else:
-            try:
-                job()
-            except SaveFailed as error:
-                self._failed(error)
+        self._timeout_s = min(self.config.timeout_s, self.schedule.budget_s) if urgent else self.config.timeout_s
+        try:
+            if self.config.save_best_only and not urgent and not self._is_best(step, metrics):
                 return None
-            self.failures = 0
-        self.schedule.saved(step, dict(metrics or {}))
+            self._saves += 1
+            job = self._prepare(epoch, step, metrics, model_config, extra_state)
+            if self.config.async_save and not urgent:
+                self._saver.submit(job, str(step))
+                self._submitted = True
+            else:
+                job()
+                self.failures = 0
+        except SaveFailed as error:
+            self._failed(error)
+            return None
+        self.schedule.saved(step, metrics)
         self._last_path = path
         return path
 
-    def _prepare(self, epoch: float | None, step: int, metrics: Mapping[str, Any] | None, model_config: Any,
-                 extra_state: Any) -> Callable[[], None]:
+    def _prepare(
+        self, epoch: float | None, step: int, metrics: dict[str, Any], model_config: Any, extra_state: Any
+    ) -> Callable[[], None]:
         """Collect, plan and stage on the training thread; return the rest of the save as a job."""
         key = self._key("save")
         full = self.config.mode == "full"
@@ -183,7 +215,9 @@ class CheckpointManager:
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
             first, self._plan = self._plan, None
-            agreed = agree_plan(self.agreement, key, table_of(state), first, step=step, timeout_s=self.config.timeout_s, full=full)
+            agreed = agree_plan(
+                self.agreement, key, table_of(state), first, step=step, timeout_s=self._timeout_s, full=full
+            )
             with self.agreement.guard(f"{key}/begin"):
                 replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
                 data = [] if full else self._stage([state.tensors[p.fqn].view(p.box) for p in agreed.pieces])
@@ -196,18 +230,18 @@ class CheckpointManager:
             generation=self.generation or 0,
             epoch=epoch,
             engine=self.engine.name,
-            metrics=dict(metrics or {}),
+            metrics=metrics,
             config=model_config,
             provenance=self._provenance(),
             software=_software(),
             objects=objects,
             replicas=replicas,
+            trained=self.engine.trained(),
         )
         rows, self._pending = self._pending, []
         if full:
             return lambda: self._write_full(agreed, request, state, rows)
-        agreement = self.agreement.clone()
-        return lambda: self._write(agreed, request, data.__getitem__, rows, agreement)
+        return lambda: self._write(agreed, request, data.__getitem__, rows, self._saving)
 
     def _stage(self, views: Sequence[torch.Tensor]) -> list[memoryview]:
         """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
@@ -227,17 +261,36 @@ class CheckpointManager:
         finally:
             source.drain()
 
-    def _write(self, agreed: AgreedPlan, request: SaveRequest, source: Source, rows: list[dict[str, Any]],
-               agreement: Agreement, *, before_write: Callable[[], None] = lambda: None, threads: int | None = None,
-               retries: int | None = None) -> None:
+    def _write(
+        self,
+        agreed: AgreedPlan,
+        request: SaveRequest,
+        source: Source,
+        rows: list[dict[str, Any]],
+        agreement: Agreement,
+        *,
+        before_write: Callable[[], None] = lambda: None,
+        threads: int | None = None,
+        retries: int | None = None,
+    ) -> None:
         """Write, commit, retry; then what follows a commit. Runs on the saving thread."""
         started = clock.monotonic()
+        if agreement.is_leader:
+            self._log_metrics(request.generation, rows)  # before the commit: a crash after it must not lose them
         retries = self.config.retries if retries is None else retries
         for attempt in range(retries + 1):
             tried = request if attempt == 0 else replace(request, save_id=f"{request.save_id}.retry{attempt}")
             try:
-                path = write_and_commit(agreement, self.store, agreed, tried, source, threads=threads or self.config.threads,
-                                        timeout_s=self.config.timeout_s, before_write=before_write)
+                path = write_and_commit(
+                    agreement,
+                    self.store,
+                    agreed,
+                    tried,
+                    source,
+                    threads=threads or self.config.threads,
+                    timeout_s=self._timeout_s,
+                    before_write=before_write,
+                )
                 break
             except SaveFailed as error:
                 if attempt == retries or isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt)):
@@ -247,18 +300,19 @@ class CheckpointManager:
         log.info("step %d committed in %.2f s", request.step, clock.monotonic() - started)
         if agreement.is_leader:
             committed = Committed(request.step, request.generation, path)
+            self._compare_weights(committed)
             with contextlib.suppress(OSError):
-                self.root.write_metrics(request.generation, self._saves, rows)
                 heartbeat(self.store, request.generation)
             self.root.tidy(committed, request.generation, self.resumed_from)
 
     def _surface(self) -> None:
-        error = self._saver.take_error()
+        error, submitted, self._submitted = self._saver.take_error(), self._submitted, False
         if error is None:
-            if not self._saver.busy and self._last_path is not None:
+            if submitted:
                 self.failures = 0
             return
         self._last_path = None
+        self.schedule.failed()
         if not isinstance(error, SaveFailed):
             raise error
         self._failed(error)
@@ -268,12 +322,51 @@ class CheckpointManager:
         self.failures += 1
         if isinstance(error, StaleGeneration) or self.failures > self.config.max_consecutive_failures:
             raise error
-        log.error("save failed (%d in a row, %d are tolerated): %s", self.failures, self.config.max_consecutive_failures, error)
+        log.error(
+            "save failed (%d in a row, %d are tolerated): %s",
+            self.failures,
+            self.config.max_consecutive_failures,
+            error,
+        )
 
-    def _all_busy(self) -> bool:
-        """Whether any rank is still busy: all ranks must skip the same saves."""
-        verdict = self.agreement.round(self._key("busy"), b"1" if self._saver.busy else b"", lambda p: max(p))
-        return bool(verdict)
+    def _busy(self, step: int) -> bool:
+        """Whether this save is dropped because another is in flight on any rank: all ranks must drop the same saves."""
+        if self.config.on_busy == "wait" or not self.config.async_save or not self._saves:
+            return False
+        try:
+            busy = self.agreement.round(self._key("busy"), b"1" if self._saver.busy else b"", lambda p: max(p))
+        except AgreementError as error:
+            raise save_error(step, error) from error
+        if busy and self.config.on_busy == "raise":
+            raise SaveFailed(f"step {step}: a save is in flight; wait() first, or set on_busy='wait'")
+        if busy:
+            log.warning("step %d: not saved, a save is in flight (on_busy='skip')", step)
+        return bool(busy)
+
+    def _is_best(self, step: int, metrics: dict[str, Any]) -> bool:
+        try:
+            return self.schedule.is_best(metrics, self._key("best"))
+        except AgreementError as error:
+            raise save_error(step, error) from error
+
+    def _log_metrics(self, generation: int, rows: list[dict[str, Any]]) -> None:
+        """Store the metrics since the last save; what cannot be stored now is tried again with the next save."""
+        try:
+            self.root.write_metrics(generation, self._saves, rows)
+        except OSError as error:
+            log.warning("metrics are not stored yet: %s", error)
+            self._pending[:0] = rows
+
+    def _compare_weights(self, committed: Committed) -> None:
+        """Warn if every trained weight is what it was at the last save (or in what was resumed): is anything training?"""
+        last, self._weights = self._weights, self.root.weights(committed)
+        if last is not None and self._weights is not None and last[0] != committed.step and last[1] == self._weights[1]:
+            log.warning(
+                "step %d: all trained weights are identical to those of step %d: was the optimizer stepped, do gradients reach "
+                "the weights, is the learning rate above 0?",
+                committed.step,
+                last[0],
+            )
 
     def _ensure_generation(self) -> None:
         """Take this job's generation, once; refuses to start over silently where checkpoints exist."""
@@ -283,14 +376,21 @@ class CheckpointManager:
         def create(_: list[bytes]) -> bytes:
             ensure_root(self.store)
             line = self.root.line()
-            if line and self.resumed_from is None and not self.config.start_fresh:
+            if line and self.resumed_from is None and not self._fresh:
                 raise ConfigError(
                     f"{self.store.url} holds checkpoints (newest: step {line[0].step}) and this job loaded none of them; call "
                     "manager.resume() or load() first, set start_fresh=True to begin a new lineage, or use another folder"
                 )
-            return str(create_generation(self.store, resumed_from=self.resumed_from, owner=f"pid {os.getpid()}").number).encode()
+            return str(
+                create_generation(self.store, resumed_from=self.resumed_from, owner=f"pid {os.getpid()}").number
+            ).encode()
 
-        self.generation = int(self.agreement.round(self._key("generation"), b"", create))
+        try:
+            self.generation = int(self.agreement.round(self._key("generation"), b"", create))
+        except AgreementError as error:
+            if any(failure.kind == ConfigError.__name__ for failure in error.failures):
+                raise ConfigError("; ".join(failure.message for failure in error.failures)) from error
+            raise
 
     # ------------------------------------------------------------------ loading
 
@@ -303,8 +403,8 @@ class CheckpointManager:
         ``prove``).
         """
         self.wait()
-        if fresh or self.config.start_fresh:
-            object.__setattr__(self.config, "start_fresh", True)
+        if fresh or self._fresh:
+            self._fresh = True
             self._ensure_generation()
             return None
         report = self.loader.newest(self._key("resume"), self._options(options))
@@ -312,23 +412,31 @@ class CheckpointManager:
         self._ensure_generation()
         return report
 
-    def load(self, which: str | int = "latest", *, load_optimizer: bool = True, load_rng_state: bool = True,
-             **options: Any) -> LoadReport:
+    def load(
+        self, which: str | int = "latest", *, load_optimizer: bool = True, load_rng_state: bool = True, **options: Any
+    ) -> LoadReport:
         """Load ``"latest"``, ``"best"``, a step, or a path or URL of a checkpoint; raises if it cannot be loaded.
 
-        Unlike ``resume`` it never falls back to another checkpoint. A job that has not saved yet continues the
-        lineage of what it loads from its own root.
+        Unlike ``resume`` it never falls back to another checkpoint. What is loaded from the job's own root is also what
+        it goes on from: its next save begins a new generation there, and what was saved after that step becomes stray.
         """
         self.wait()
         chosen = self._options({"load_optimizer": load_optimizer, "load_rng_state": load_rng_state, **options})
         report, inside = self.loader.chosen(which, self._key("load"), chosen)
-        if inside and self.generation is None:
+        if inside:
             self._continue(report)
         return report
 
     def _continue(self, report: LoadReport | None) -> None:
         if report is None:
             return
+        if self.generation is not None:  # going back: what follows is another line than what was saved after that step
+            self._flush_metrics()
+            self.generation = self._last_path = None
+        self._fresh = False
+        if self.agreement.is_leader:
+            path = f"{names.step_folder(report.step)}/{names.manifest_name(report.generation)}"
+            self._weights = self.root.weights(Committed(report.step, report.generation, path))
         self.resumed_from = (report.generation, report.step)
         self._history = self.root.read_metrics(self.resumed_from)
         self.schedule.resumed(report.step, self._history)
@@ -373,44 +481,55 @@ class CheckpointManager:
         """Wait for the save in flight, write what is left of the metrics, restore signal handlers."""
         try:
             self.wait()
-            if self.agreement.is_leader and self.generation is not None and self._pending:
-                self._saves += 1
-                self.root.write_metrics(self.generation, self._saves, self._pending)
         finally:
-            self._pending = []
+            self._flush_metrics()
             self.schedule.close()
             self._arena.release()
+            self._saving.close()
             self.agreement.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None or isinstance(error, Preempted):
             self.close()
             return
         try:
             self.close()
-        except DistckptError as second:
+        except Exception as second:  # the first error is the one to show
             log.error("while leaving after %s: %s", type(error).__name__, second)
 
-    def _record(self, step: int, metrics: Mapping[str, Any] | None, epoch: float | None) -> None:
-        if not metrics or (self._history and self._history[-1]["step"] == step and self._history[-1]["metrics"] == dict(metrics)):
+    def _flush_metrics(self) -> None:
+        """Write what no save has written yet."""
+        if self.agreement.is_leader and self.generation is not None and self._pending:
+            self._saves += 1
+            self._log_metrics(self.generation, list(self._pending))
+        self._pending = []
+
+    def _record(self, step: int, metrics: dict[str, Any], epoch: float | None) -> None:
+        if not metrics or (
+            self._history and self._history[-1]["step"] == step and self._history[-1]["metrics"] == metrics
+        ):
             return
-        row = {"step": step, "epoch": epoch, "time": clock.now(), "metrics": dict(metrics)}
+        row = {"step": step, "epoch": epoch, "time": clock.now(), "metrics": metrics}
         self._history.append(row)
         self._pending.append(row)
 
     def _key(self, what: str) -> str:
         """Return a fresh agreement key: ranks call in the same order, so their counters agree."""
-        self._calls = getattr(self, "_calls", 0) + 1
-        return f"g{self.generation or 0}/{self._calls}-{what}"
+        self._calls += 1
+        return f"{self._serial}.g{self.generation or 0}/{self._calls}-{what}"
 
     def _url(self) -> str:
         return self.store.url.removeprefix("file://").rstrip("/")
 
     def _provenance(self) -> dict[str, Any]:
-        source = None if self.resumed_from is None else {"generation": self.resumed_from[0], "step": self.resumed_from[1]}
+        source = (
+            None if self.resumed_from is None else {"generation": self.resumed_from[0], "step": self.resumed_from[1]}
+        )
         return {"resumed_from": source, "settings": self.config.public(), **dict(self.config.extra)}
 
 
@@ -418,4 +537,3 @@ def _software() -> dict[str, str]:
     from distckpt import __version__
 
     return {"distckpt": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-

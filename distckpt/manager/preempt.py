@@ -35,9 +35,7 @@ _NOTICES_ONLY: Final = frozenset({"SIGUSR1", "SIGUSR2"})
 class Preempted(SystemExit):
     """Leave training after a preemption notice: ends the process with ``EXIT_PREEMPTED`` unless caught."""
 
-    def __init__(
-        self, reason: str = "preempted", *, step: int | None = None, path: str | None = None
-    ) -> None:
+    def __init__(self, reason: str = "preempted", *, step: int | None = None, path: str | None = None) -> None:
         """Keep why, and the step and path of the save made because of it (None if there was none)."""
         super().__init__(EXIT_PREEMPTED)
         self.reason, self.step, self.path = reason, step, path
@@ -74,9 +72,7 @@ class PreemptionWatch:
         numbers = [_signal_number(name) for name in signals]
         self.active = threading.current_thread() is threading.main_thread()
         if not self.active:
-            logger.warning(
-                "preemption signals are not watched: only the main thread of a process can handle signals"
-            )
+            logger.warning("preemption signals are not watched: only the main thread of a process can handle signals")
             return
         for number in dict.fromkeys(numbers):
             self._previous[number] = signal.signal(number, self._handle)

@@ -50,9 +50,7 @@ def check_mode(mode: object, where: str = "metric_mode") -> None:
 def check_tie_breaks(tie_breaks: TieBreaks, where: str = "tie_breaks") -> None:
     """Raise ConfigError unless these are (metric, mode) pairs, then perhaps ``earliest`` or ``latest``."""
     if isinstance(tie_breaks, str):
-        raise ConfigError(
-            f"{where}={tie_breaks!r}: want a sequence, such as [({tie_breaks!r}, 'min'), 'latest']"
-        )
+        raise ConfigError(f"{where}={tie_breaks!r}: want a sequence, such as [({tie_breaks!r}, 'min'), 'latest']")
     for place, rule in enumerate(tie_breaks):
         if isinstance(rule, str):
             if rule not in _ENDS:
@@ -94,9 +92,7 @@ def best(candidates: Sequence[C], metric: str, mode: str, tie_breaks: TieBreaks 
     return candidates[ranked[0]] if ranked else None
 
 
-def ranked_indices(
-    candidates: Sequence[Candidate], metric: str, mode: str, tie_breaks: TieBreaks = ()
-) -> list[int]:
+def ranked_indices(candidates: Sequence[Candidate], metric: str, mode: str, tie_breaks: TieBreaks = ()) -> list[int]:
     """Return what ``rank_candidates`` does, as indices."""
     check_mode(mode)
     check_tie_breaks(tie_breaks)
@@ -108,11 +104,7 @@ def ranked_indices(
         values = (_sort_key(candidate.metrics.get(name), rule) for name, rule in rules)
         return (*values, sign * candidate.step, sign * candidate.generation)
 
-    usable = (
-        i
-        for i, candidate in enumerate(candidates)
-        if measured(candidate.metrics.get(metric), mode) is not None
-    )
+    usable = (i for i, candidate in enumerate(candidates) if measured(candidate.metrics.get(metric), mode) is not None)
     return sorted(usable, key=key)
 
 

@@ -7,7 +7,7 @@ none does. What was loaded, missing, unexpected and re-derived is always reporte
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,11 @@ from distckpt.boxes import Box
 from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.leaves import DROP_ON_RESIZE, State, torch_dtype, tree_refs, unflatten_tree
+from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, tree_refs, unflatten_tree
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
+from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
-from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
+from distckpt.errors import ConfigError, CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
 
@@ -37,10 +37,17 @@ class LoadOptions:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     prove: bool = False
+    cast: str = "exact"
+    """Tensors stored in another dtype: ``exact`` converts where no bit is lost (bfloat16 to float32) and reports it,
+    ``any`` also rounds, ``never`` raises."""
+
+    def __post_init__(self) -> None:
+        if self.cast not in ("exact", "any", "never"):
+            raise ConfigError(f"cast={self.cast!r}: want 'exact', 'any' or 'never'")
 
     def wants(self, name: str) -> bool:
         """Whether patterns and switches let this name through."""
-        if not self.load_optimizer and name.startswith(("optim.", "scheduler", "scaler")):
+        if not self.load_optimizer and name.split(".")[0] in ("optim", "scheduler", "scaler"):
             return False
         if not self.load_rng_state and name == RNG:
             return False
@@ -69,6 +76,8 @@ class LoadReport:
     """In the checkpoint, but not live."""
     skipped: list[str] = field(default_factory=list)
     """Left out because a pattern or switch says so."""
+    cast: list[str] = field(default_factory=list)
+    """Names whose dtype here is not the stored one."""
     rederived: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     """Newer checkpoints that could not be loaded, and why."""
@@ -162,7 +171,7 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
         n.startswith("optim.") and options.wants(n) for n in (*saved, *manifest.objects)
     )
     state = load.engine.prepare(saved, optimizer=optimizer)
-    load.components.add_targets(state, {n for n in saved if options.wants(n)})
+    load.components.add_targets(state, {n: entry for n, entry in saved.items() if options.wants(n)})
     report = LoadReport(
         path=load.path,
         step=manifest.step,
@@ -178,7 +187,8 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
         objects[OPTIM_GROUPS] = _with_tied(objects[OPTIM_GROUPS], manifest.aliases)
     extras = _saved_part_tensors(objects, load.components, state, saved)
     _match(report, state, reader, load.components, options, set(extras))
-    problems = [p for leaf in state.tensors.values() if leaf.fqn in report.loaded and (p := _misfit(leaf, reader))]
+    live = [leaf for leaf in state.tensors.values() if leaf.fqn in report.loaded]
+    problems = [problem for leaf in live if (problem := _misfit(leaf, reader, options, report))]
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
@@ -237,8 +247,8 @@ def _match(
     for name in sorted(saved_names | live):
         in_optimizer = optimizer_live and name.startswith(OPTIM_STATE) and name in manifest.objects
         known = name in live or name == EXTRA or in_optimizer
-        if not options.wants(name):
-            report.skipped.append(name)
+        if not options.wants(name) or (name.startswith(ENGINE) and (name not in live or name not in saved_names)):
+            report.skipped.append(name)  # an engine's own counters mean nothing to another engine
         elif name in saved_names and known:
             report.loaded.append(name)
         elif name in saved_names:
@@ -254,7 +264,11 @@ def _refuse_misfits(report: LoadReport, problems: list[str], options: LoadOption
         problems.append(f"not in the checkpoint: {_few(report.missing)}")
     if options.strict and report.unexpected:
         without = not optimizer_live and any(n.startswith("optim.") for n in report.unexpected)
-        hint = " (it has optimizer state, but no optimizer was given: pass one, or load_optimizer=False)" if without else ""
+        hint = (
+            " (it has optimizer state, but no optimizer was given: pass one, or load_optimizer=False)"
+            if without
+            else ""
+        )
         problems.append(f"in the checkpoint but not here: {_few(report.unexpected)}{hint}")
     if problems:
         raise IncompatibleState(
@@ -263,13 +277,32 @@ def _refuse_misfits(report: LoadReport, problems: list[str], options: LoadOption
         )
 
 
-def _misfit(leaf: Any, reader: CheckpointReader) -> str | None:
+def _misfit(leaf: TensorLeaf, reader: CheckpointReader, options: LoadOptions, report: LoadReport) -> str | None:
     entry = reader.manifest.tensors[reader.resolve(leaf.fqn)]
     if tuple(entry.shape) != leaf.shape:
         return f"{leaf.fqn} has shape {list(leaf.shape)} here and {entry.shape} in the checkpoint"
-    if entry.dtype != leaf.dtype:
-        return f"{leaf.fqn} is {leaf.dtype} here and {entry.dtype} in the checkpoint"
-    return None
+    if entry.dtype == leaf.dtype:
+        return None
+    if options.cast == "any" or (
+        options.cast == "exact" and _widens(torch_dtype(entry.dtype), torch_dtype(leaf.dtype))
+    ):
+        report.cast.append(leaf.fqn)
+        return None
+    return f"{leaf.fqn} is {leaf.dtype} here and {entry.dtype} in the checkpoint (cast='any' would round it)"
+
+
+def _widens(saved: torch.dtype, live: torch.dtype) -> bool:
+    """Whether every value of one dtype exists in the other: within floats, complex, or integers of one signedness."""
+    alike = (
+        saved.is_floating_point == live.is_floating_point
+        and saved.is_complex == live.is_complex
+        and saved.is_signed == live.is_signed
+        and torch.bool not in (saved, live)
+    )
+    try:
+        return alike and torch.promote_types(saved, live) == live
+    except RuntimeError:  # float8 kinds promote to nothing; float32 holds all of them
+        return alike and live in (torch.float32, torch.float64)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -328,9 +361,13 @@ def _load_rng(report: LoadReport, reader: CheckpointReader, own: dict[str, Any],
     else:
         origin = rank % len(manifest.shards)
         state = derive_rng(typed_json.decode(reader.header(origin).objects[RNG]), rank=rank, step=manifest.step)
-        report.rederived.append(f"rng of rank {rank}: new rank, derived from rank {origin}'s state (rule distckpt-rng-1)")
+        report.rederived.append(
+            f"rng of rank {rank}: new rank, derived from rank {origin}'s state (rule distckpt-rng-1)"
+        )
     if manifest.world_size != report.world_size and rank == 0 and report.world_size < manifest.world_size:
-        report.rederived.append(f"rng of ranks {report.world_size}..{manifest.world_size - 1}: not used, the job is smaller now")
+        report.rederived.append(
+            f"rng of ranks {report.world_size}..{manifest.world_size - 1}: not used, the job is smaller now"
+        )
     restore_rng(state)
 
 
@@ -355,4 +392,3 @@ def _prove(report: LoadReport, reader: CheckpointReader, engine: Engine, optimiz
     if absent:
         raise IncompatibleState(f"after loading, the live state lacks {_few(sorted(absent))}")
     report.proved = len(leaves)
-

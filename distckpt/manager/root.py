@@ -36,7 +36,8 @@ class RunRoot:
         self.store = store
         self.config = config
         self._manifests: dict[str, Manifest] = {}
-        if config.keep_policy is None and config.save_total_limit == 1:
+        self._minimum = 1 if config.keep_policy is None and config.save_total_limit == 1 else 2
+        if self._minimum == 1:
             warnings.warn(
                 "save_total_limit=1 keeps a single checkpoint: if it is damaged there is nothing to fall back to; 2 or more "
                 "is safer",
@@ -67,9 +68,7 @@ class RunRoot:
     def kept(self, readable: Sequence[tuple[Committed, Manifest]] | None = None) -> list[Kept]:
         """Return the commits as policies see them."""
         pairs = self.readable() if readable is None else readable
-        return [
-            Kept(c.step, c.generation, m.epoch, decode_metrics(m.metrics), self._is_pinned(c)) for c, m in pairs
-        ]
+        return [Kept(c.step, c.generation, m.epoch, decode_metrics(m.metrics), self._is_pinned(c)) for c, m in pairs]
 
     def best(self) -> Committed | None:
         """Return the best commit by the configured metric and tie-breaks; None where none has the metric."""
@@ -87,7 +86,9 @@ class RunRoot:
         for committed in line:
             if committed.step == step:
                 return committed
-        raise CheckpointNotFound(f"{self.store.url} has no checkpoint of step {step}; there are {[c.step for c in line][:20]}")
+        raise CheckpointNotFound(
+            f"{self.store.url} has no checkpoint of step {step}; there are {[c.step for c in line][:20]}"
+        )
 
     def _is_pinned(self, committed: Committed) -> bool:
         try:
@@ -117,7 +118,7 @@ class RunRoot:
                 grace_s=self.config.orphan_grace_s,
                 current_generation=generation,
                 dry_run=False,
-                minimum_kept=1 if self.config.save_total_limit == 1 else 2,
+                minimum_kept=self._minimum,
             )
         except (CorruptCheckpoint, UnsupportedVersion, OSError) as error:
             log.warning("tidying %s failed and is tried again after the next save: %s", self.store.url, error)
@@ -131,11 +132,20 @@ class RunRoot:
         kept = self.kept(pairs)
         keep = (policy or KeepLast(self.config.save_total_limit or 1))(kept)
         chosen = best(kept, self.config.metric_name, self.config.metric_mode, tuple(self.config.tie_breaks))
-        minimum = 1 if self.config.save_total_limit == 1 else 2
-        safe = protected(kept, resumed_from=resumed_from, best=chosen, minimum=minimum)
+        safe = protected(kept, resumed_from=resumed_from, best=chosen, minimum=self._minimum)
         _, removed = plan_removal(kept, keep, safe)
         gone = {(k.step, k.generation) for k in removed}
         return [c for c, _ in pairs if (c.step, c.generation) in gone]
+
+    def weights(self, committed: Committed) -> tuple[int, str] | None:
+        """Return (step, fingerprint of all trained weights) of a commit; None where it has none or cannot be read."""
+        try:
+            provenance = typed_json.decode(self.manifest(committed).provenance)
+        except (CorruptCheckpoint, UnsupportedVersion, OSError) as error:
+            log.debug("%s: no weights fingerprint: %s", committed.manifest_path, error)
+            return None
+        found = provenance.get("weights") if isinstance(provenance, dict) else None
+        return (committed.step, found) if isinstance(found, str) else None
 
     def write_metrics(self, generation: int, serial: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store the metrics recorded since the last save; they outlive their checkpoints."""
@@ -175,6 +185,23 @@ class RunRoot:
         except OSError:
             return False
         return True
+
+
+def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return metrics as plain numbers: tensors and NumPy scalars of one element become Python's.
+
+    Raises ``UnserializableState`` for a value that could not be stored, here rather than at the next save.
+    """
+    plain = {}
+    for name, value in (metrics or {}).items():
+        one = callable(getattr(value, "item", None)) and getattr(value, "size", None) is not None and _count(value) == 1
+        plain[name] = value.item() if one else value
+        typed_json.encode(plain[name], where=f"$.metrics.{name}")
+    return plain
+
+
+def _count(value: Any) -> int:
+    return int(value.numel() if callable(getattr(value, "numel", None)) else value.size)
 
 
 def decode_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,9 +169,7 @@ class WhenMetric(SavePolicy):
         return f"{self.name} {limit} ({value:g})"
 
     def _passed(self, value: float) -> bool:
-        return (self.above is not None and value > self.above) or (
-            self.below is not None and value < self.below
-        )
+        return (self.above is not None and value > self.above) or (self.below is not None and value < self.below)
 
 
 @dataclass(frozen=True, slots=True)

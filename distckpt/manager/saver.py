@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 
 from distckpt.errors import AgreementTimeout
@@ -14,13 +16,15 @@ log = logging.getLogger("distckpt")
 class BackgroundSaver:
     """Runs one job at a time on its own thread and keeps its error until somebody asks.
 
-    The thread is not a daemon: an interpreter that ends waits for it, so a save in flight is committed or its
-    failure is logged, never dropped.
+    An interpreter that ends waits for the thread first of all, so a save in flight is committed or its failure is
+    logged, never dropped. (A thread that is no daemon is waited for too, but only after ``concurrent.futures`` has
+    stopped taking work, which would fail the save.)
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._registered = False
 
     @property
     def busy(self) -> bool:
@@ -30,6 +34,7 @@ class BackgroundSaver:
     def submit(self, job: Callable[[], None], name: str) -> None:
         """Start a job; the one before must be over (``join`` first)."""
         assert not self.busy, "a save is in flight"
+        self._wait_at_exit()
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"distckpt-save-{name}", daemon=False)
         self._thread.start()
 
@@ -38,12 +43,31 @@ class BackgroundSaver:
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                raise AgreementTimeout(f"{self._thread.name} did not end within {timeout_s:.0f} s; storage may be stuck")
+                raise AgreementTimeout(
+                    f"{self._thread.name} did not end within {timeout_s:.0f} s; storage may be stuck"
+                )
 
     def take_error(self) -> BaseException | None:
         """Return the last job's error once, and forget it."""
         error, self._error = self._error, None
         return error
+
+    def _wait_at_exit(self) -> None:
+        """Have the interpreter wait for us before it stops thread pools; these hooks run last in, first out."""
+        if self._registered:
+            return
+        self._registered = True
+        own = weakref.ref(self)
+
+        def wait() -> None:
+            saver = own()
+            if saver is not None and saver._thread is not None:
+                saver._thread.join()
+
+        with contextlib.suppress(
+            AttributeError, RuntimeError
+        ):  # a private hook of CPython; without it, the thread's own
+            threading._register_atexit(wait)  # type: ignore[attr-defined]
 
     def _run(self, job: Callable[[], None]) -> None:
         try:

@@ -41,11 +41,14 @@ class Schedule:
         self.root = root
         self.agreement = agreement
         self.watch = PreemptionWatch(config.preemption_signals) if config.preemption_signals else None
-        self.policy = _policy(config)
+        parts = _policies(config)
+        self.policy = AnyOf(parts)
+        self._by_step = AnyOf(tuple(p for p in parts if p.deterministic))
         self.preempted = False
         self._asked = config.control_file is not None or self.watch is not None or not self.policy.deterministic
         self._seen: dict[str, MetricRange] = {}
         self._saved: dict[str, MetricRange] = {}
+        self._saved_before: dict[str, MetricRange] = {}
         self._last_saved: int | None = None
         self._last_time = clock.monotonic()
         self._next_poll = 0.0
@@ -56,7 +59,7 @@ class Schedule:
         if self._asked and (self.agreement.world_size == 1 or step % self.config.agree_every_steps == 0):
             reason = self._ask(step, epoch, metrics)
         else:
-            reason = self.policy(Moment(step=step, epoch=epoch)) if self.policy.deterministic else self._due(step)
+            reason = self._by_step(Moment(step=step, epoch=epoch))  # between agreements only the step may decide
         for name, value in metrics.items():
             self._seen[name] = self._seen.get(name, MetricRange()).include(value)
         return reason
@@ -67,7 +70,9 @@ class Schedule:
         def decide(_: list[bytes]) -> bytes:
             mode = self.config.metric_mode
             value = measured(metrics.get(self.config.metric_name), mode)
-            found = [measured(decode_metrics(m.metrics).get(self.config.metric_name), mode) for _, m in self.root.readable()]
+            found = [
+                measured(decode_metrics(m.metrics).get(self.config.metric_name), mode) for _, m in self.root.readable()
+            ]
             others = [v for v in found if v is not None]
             if value is None:
                 return b""
@@ -77,9 +82,20 @@ class Schedule:
 
     def saved(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take note of a save."""
+        self._saved_before = dict(self._saved)
         self._last_saved, self._last_time = step, clock.monotonic()
         for name, value in metrics.items():
             self._saved[name] = self._saved.get(name, MetricRange()).include(value)
+
+    def failed(self) -> None:
+        """Take back the metrics of the last save, which failed in the background: a threshold may fire again."""
+        self._saved = self._saved_before
+
+    @property
+    def budget_s(self) -> float:
+        """Seconds left of the preemption budget, counted from the signal on this rank, or from now."""
+        deadline = self.watch.deadline(self.config.preemption_budget_s) if self.watch is not None else None
+        return self.config.preemption_budget_s if deadline is None else max(1.0, deadline.left_s)
 
     def resumed(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Take over what the earlier jobs of this lineage saw and saved."""
@@ -91,11 +107,6 @@ class Schedule:
         """Put signal handlers back."""
         if self.watch is not None:
             self.watch.close()
-
-    def _due(self, step: int) -> str | None:
-        """Between agreements only the parts that depend on the step alone may fire."""
-        due = self.config.save_every_steps
-        return EverySteps(due)(Moment(step=step)) if due else None
 
     def _ask(self, step: int, epoch: float | None, metrics: Mapping[str, Any]) -> str | None:
         self._rounds += 1
@@ -132,12 +143,16 @@ class Schedule:
         return self.root.take_request()
 
 
-def _policy(config: CheckpointConfig) -> SavePolicy:
-    parts: list[SavePolicy] = [OnPreemption(), OnRequest()]
+def _policies(config: CheckpointConfig) -> tuple[SavePolicy, ...]:
+    parts: list[SavePolicy] = []
+    if config.preemption_signals:
+        parts.append(OnPreemption())
+    if config.control_file is not None:
+        parts.append(OnRequest())
     if config.save_every_steps is not None:
         parts.append(EverySteps(config.save_every_steps))
     if config.save_every_seconds is not None:
         parts.append(EverySeconds(config.save_every_seconds))
     if config.save_policy is not None:
         parts.append(config.save_policy)  # type: ignore[arg-type]
-    return AnyOf(tuple(parts))
+    return tuple(parts)

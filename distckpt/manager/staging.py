@@ -50,7 +50,7 @@ class StagingArena:
                 room.copy_(view)
         for stream in streams.values():
             stream.synchronize()
-        whole = memoryview(self._buffer.numpy())
+        whole = self._buffer.numpy().data
         return [whole[s : s + v.numel() * v.element_size()] for s, v in zip(starts, views, strict=True)]
 
     def release(self) -> None:
@@ -68,7 +68,7 @@ class StagingArena:
         for device in {view.device for view in views if view.is_cuda}:
             stream = self._streams.get(device)
             if stream is None:
-                stream = self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
             used[device] = stream
         return used

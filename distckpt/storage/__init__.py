@@ -39,6 +39,4 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         if not name:
             raise ConfigError(f"storage location {text!r}: a memory store needs a name, memory://name")
         return shared_store(name)
-    raise ConfigError(
-        f"storage location {text!r}: no store for {scheme}://; use a folder, file:// or memory://"
-    )
+    raise ConfigError(f"storage location {text!r}: no store for {scheme}://; use a folder, file:// or memory://")

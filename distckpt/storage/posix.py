@@ -77,9 +77,7 @@ class PosixStore:
         if size < 0:
             raise StoreError(errno.EINVAL, f"open for writing: a file cannot have {size} bytes", path)
         with mapped("open for writing", path), self._folders(above, make=True) as folders:
-            return posix_files.PosixWriter(
-                folders[-1], leaf, name=name, path=path, size=size, count=self._count
-            )
+            return posix_files.PosixWriter(folders[-1], leaf, name=name, path=path, size=size, count=self._count)
 
     def replace(self, name: str, data: bytes) -> None:
         """See ``Store.replace``. The bytes are synced before the rename, the folder is not: it is a hint."""

@@ -119,9 +119,7 @@ def _fill(fd: int, data: bytes, count: Count, name: str | None = None) -> None:
     os.close(fd)
 
 
-def _settle_link(
-    error: OSError, folder: int, temp: str, leaf: str, data: bytes, *, name: str, count: Count
-) -> None:
+def _settle_link(error: OSError, folder: int, temp: str, leaf: str, data: bytes, *, name: str, count: Count) -> None:
     """Find out what a failed link() did: NFS may lose the reply, or repeat a call that worked."""
     with contextlib.suppress(OSError):
         # The temporary name is ours alone, so a second link to it can only be the one we asked for.

@@ -112,9 +112,7 @@ class StoreContract:
         assert store.read("a", 10, 0) == b""
         assert store.read("a", 0, 0) == b""
 
-    @pytest.mark.parametrize(
-        ("offset", "size"), [(11, None), (0, 11), (9, 2), (11, 0), (-1, 2), (0, -1), (1, 1 << 60)]
-    )
+    @pytest.mark.parametrize(("offset", "size"), [(11, None), (0, 11), (9, 2), (11, 0), (-1, 2), (0, -1), (1, 1 << 60)])
     def test_read_past_the_end_is_an_error(self, store: Store, offset: int, size: int | None) -> None:
         store.create("a", b"0123456789")
         with pytest.raises(StoreError) as caught:

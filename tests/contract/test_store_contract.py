@@ -200,9 +200,7 @@ class PosixMachine(StoreMachine):
         assert left == []
 
 
-few = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+few = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 TestMemoryModel = MemoryMachine.TestCase
 TestMemoryModel.settings = few
 TestPosixModel = PosixMachine.TestCase
@@ -250,9 +248,7 @@ def test_memory_stores_are_shared_by_name(shared_name: str) -> None:
     forget("contract/other")
 
 
-@pytest.mark.parametrize(
-    "url", ["", "ftp://host/x", "s3://bucket/x", "file://host/x", "file://", "memory://", "a\0b"]
-)
+@pytest.mark.parametrize("url", ["", "ftp://host/x", "s3://bucket/x", "file://host/x", "file://", "memory://", "a\0b"])
 def test_open_store_refuses(url: str) -> None:
     with pytest.raises(ConfigError):
         open_store(url)

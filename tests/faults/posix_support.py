@@ -94,9 +94,7 @@ def small_file_system(tmp_path: Path) -> Iterator[PosixStore]:
     """A store on a file system of 1 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True
-    )
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mount refused: {done.stderr.strip()}")
     try:

@@ -21,10 +21,7 @@ STRACE = shutil.which("strace")
 def under_strace(tmp_path: Path, inject: str, script: str) -> tuple[str, list[str]]:
     """Run Python code (with ``store``) under injection; returns its output and the traced calls."""
     log = tmp_path / "trace"
-    code = (
-        "import sys, errno\nfrom distckpt.storage import PosixStore\nstore = PosixStore(sys.argv[1])\n"
-        + script
-    )
+    code = "import sys, errno\nfrom distckpt.storage import PosixStore\nstore = PosixStore(sys.argv[1])\n" + script
     call = inject.split(":")[0]
     command = [str(STRACE), "-f", "-o", str(log), "-e", f"trace={call}", "-e", f"inject={inject}"]
     root = tmp_path / "root"

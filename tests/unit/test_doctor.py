@@ -18,9 +18,9 @@ from distckpt.format.doctor import (
     job_findings,
     size_text,
     storage_findings,
-    uncommitted,
 )
 from distckpt.format.lineage import Generation, create_generation, ensure_root, heartbeat
+from distckpt.format.uncommitted import uncommitted
 from distckpt.storage import open_store
 from distckpt.storage.base import Store
 

@@ -150,8 +150,6 @@ def test_paths_that_could_escape_are_refused_by_field(path: object) -> None:
         names.check_relative_path(path, "manifest-g000001.json: shards[3].path")
 
 
-@pytest.mark.parametrize(
-    "path", ["a", "..a", ".hidden", "g000003-1a2b3c4d/00000-of-00001.safetensors", "b" * 255]
-)
+@pytest.mark.parametrize("path", ["a", "..a", ".hidden", "g000003-1a2b3c4d/00000-of-00001.safetensors", "b" * 255])
 def test_ordinary_paths_pass(path: str) -> None:
     names.check_relative_path(path, "here")

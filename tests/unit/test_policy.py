@@ -41,9 +41,7 @@ from distckpt.manager.save_policy import (
 NAN, INF = math.nan, math.inf
 
 
-def steps_of(
-    policy: Any, losses: list[Any], *, saved_before: list[Any] | None = None, start: int = 1
-) -> list[int]:
+def steps_of(policy: Any, losses: list[Any], *, saved_before: list[Any] | None = None, start: int = 1) -> list[int]:
     """Run a policy over a training run whose saves all succeed; return the steps saved."""
     history, kept, saved = list(saved_before or []), list(saved_before or []), []
     for step, loss in enumerate(losses, start):
@@ -183,10 +181,7 @@ def test_metric_range() -> None:
 
 
 def kept(*losses: Any, **more: Any) -> list[Kept]:
-    return [
-        Kept(step, metrics={"loss": loss} if loss != "absent" else {}, **more)
-        for step, loss in enumerate(losses)
-    ]
+    return [Kept(step, metrics={"loss": loss} if loss != "absent" else {}, **more) for step, loss in enumerate(losses)]
 
 
 def test_nan_never_wins_and_never_blocks() -> None:
@@ -238,8 +233,7 @@ def test_the_order_is_total_and_does_not_depend_on_the_listing(losses: Any, mode
 
 def test_keep_policies() -> None:
     candidates = [
-        Kept(step, metrics={"loss": loss}, pinned=step == 20)
-        for step, loss in [(30, 3), (10, 1), (20, 2), (40, NAN)]
+        Kept(step, metrics={"loss": loss}, pinned=step == 20) for step, loss in [(30, 3), (10, 1), (20, 2), (40, NAN)]
     ]
 
     def steps(policy: Any) -> list[int]:
@@ -260,8 +254,7 @@ def test_keep_policies() -> None:
 
 def test_what_is_protected() -> None:
     candidates = [
-        Kept(step, generation=step // 30, metrics={"loss": step}, pinned=step == 20)
-        for step in range(10, 70, 10)
+        Kept(step, generation=step // 30, metrics={"loss": step}, pinned=step == 20) for step in range(10, 70, 10)
     ]
 
     def steps(**settings: Any) -> list[int]:
@@ -270,9 +263,7 @@ def test_what_is_protected() -> None:
     assert steps() == [20, 50, 60]
     assert steps(minimum=1) == [20, 60]
     assert steps(resumed_from=(1, 40)) == [20, 40, 50, 60]
-    assert steps(resumed_from=(0, 40)) == [20, 50, 60], (
-        "the same step of another generation is another checkpoint"
-    )
+    assert steps(resumed_from=(0, 40)) == [20, 50, 60], "the same step of another generation is another checkpoint"
     assert steps(best=best(candidates, "loss", "min")) == [10, 20, 50, 60]
 
 

@@ -33,9 +33,7 @@ def _no_accelerator(monkeypatch: pytest.MonkeyPatch) -> Any:
 def draws() -> list[Any]:
     """Draw from every stream, an odd number of normals each so that cached second halves matter."""
     return [
-        [random.random() for _ in range(3)]
-        + [random.gauss(0, 1) for _ in range(3)]
-        + [random.getrandbits(70)],
+        [random.random() for _ in range(3)] + [random.gauss(0, 1) for _ in range(3)] + [random.getrandbits(70)],
         [*np.random.rand(3), *np.random.randn(3), int(np.random.randint(0, 1 << 30))],
         [torch.rand(3).tolist(), [torch.randn(1, dtype=torch.float64).item() for _ in range(3)]],
         [torch.randn(1).item(), torch.randn(33).tolist(), torch.randperm(10).tolist()],
@@ -117,10 +115,7 @@ def test_derived_streams_follow_the_documented_rule() -> None:
         return xxhash.xxh3_128_hexdigest(data)
 
     base = digest(canonical([saved, "distckpt-rng-1", 3, 120]))
-    seeds = {
-        name: int(digest(canonical(["distckpt-rng-1", base, name])), 16)
-        for name in ("python", "numpy", "torch")
-    }
+    seeds = {name: int(digest(canonical(["distckpt-rng-1", base, name])), 16) for name in ("python", "numpy", "torch")}
     restore_rng(derive_rng(saved, rank=3, step=120))
     assert random.random() == random.Random(seeds["python"]).random()
     assert np.random.rand() == np.random.RandomState(np.random.MT19937(seeds["numpy"])).rand()
@@ -203,9 +198,7 @@ class FakeDevices:
         return [torch.rand(1, generator=generator).item() for generator in self.generators]
 
 
-def use(
-    monkeypatch: pytest.MonkeyPatch, devices: FakeDevices, *, current: int = 0, kind: str = "cuda"
-) -> FakeDevices:
+def use(monkeypatch: pytest.MonkeyPatch, devices: FakeDevices, *, current: int = 0, kind: str = "cuda") -> FakeDevices:
     here = accelerator.Accelerator(kind, devices)
     monkeypatch.setattr(rng, "current_accelerator", lambda: here)
     monkeypatch.setattr(accelerator.Accelerator, "current", property(lambda self: current))
@@ -237,9 +230,7 @@ def test_the_used_device_keeps_its_stream_when_its_index_changes(monkeypatch: py
     assert rng_differences(state) == ["cuda:0: got the state of cuda:2", "cuda:2: got the state of cuda:0"]
 
 
-def test_devices_that_do_not_match_are_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_devices_that_do_not_match_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     without = capture_rng()
     use(monkeypatch, FakeDevices(2))
     state = capture_rng()

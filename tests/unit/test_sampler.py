@@ -29,9 +29,7 @@ class Numbers(Dataset[int]):
         return index
 
 
-def job(
-    world: int, length: int, batch: int, state: Any = None, *, workers: int = 0, **settings: Any
-) -> list[Any]:
+def job(world: int, length: int, batch: int, state: Any = None, *, workers: int = 0, **settings: Any) -> list[Any]:
     """Return (sampler, tracked loader) of each rank of a job that resumes from ``state``."""
     ranks = []
     for rank in range(world):

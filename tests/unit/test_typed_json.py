@@ -47,9 +47,7 @@ def same(first: Any, second: Any) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, float) and type(first) is float:
-        return (math.isnan(first) and math.isnan(second)) or struct.pack("d", first) == struct.pack(
-            "d", second
-        )
+        return (math.isnan(first) and math.isnan(second)) or struct.pack("d", first) == struct.pack("d", second)
     if type(first) is complex:
         return same(first.real, second.real) and same(first.imag, second.imag)
     if isinstance(first, dict):
@@ -64,17 +62,11 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, slice):
         return same((first.start, first.stop, first.step), (second.start, second.stop, second.step))
     if isinstance(first, np.ndarray):
-        return bool(
-            first.dtype == second.dtype
-            and first.shape == second.shape
-            and first.tobytes() == second.tobytes()
-        )
+        return bool(first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes())
     if isinstance(first, np.generic):
         return bool(first.dtype == second.dtype and first.tobytes() == second.tobytes())
     if isinstance(first, torch.Tensor):
-        return bool(
-            first.dtype == second.dtype and first.shape == second.shape and bits(first) == bits(second)
-        )
+        return bool(first.dtype == second.dtype and first.shape == second.shape and bits(first) == bits(second))
     if isinstance(first, (datetime.datetime, datetime.time)):
         return bool(first.isoformat() == second.isoformat() and first.fold == second.fold)
     if isinstance(first, decimal.Decimal):
@@ -93,9 +85,7 @@ def through(value: Any) -> Any:
     return loads(dumps(value))
 
 
-text = st.text(st.characters(), max_size=8) | st.sampled_from(
-    ["$", "$int", "$tuple", "$dict", "\ud800", "a\udcff"]
-)
+text = st.text(st.characters(), max_size=8) | st.sampled_from(["$", "$int", "$tuple", "$dict", "\ud800", "a\udcff"])
 number = st.integers() | st.integers(2**53 - 2, 2**53 + 2) | st.integers(-(2**70), 2**2000)
 hashable = (
     st.none()
@@ -113,9 +103,7 @@ hashable = (
     | st.fractions()
     | st.uuids()
     | st.sampled_from([Colour.RED, Colour.ROUGE, Colour.BLUE, Level.LOW, Access.READ, Access(3), Access(0)])
-    | st.sampled_from(
-        [torch.bfloat16, torch.device("cuda:1"), torch.Size([2, 0]), np.float32(1.5), range(1, 9, 3)]
-    )
+    | st.sampled_from([torch.bfloat16, torch.device("cuda:1"), torch.Size([2, 0]), np.float32(1.5), range(1, 9, 3)])
     | st.sampled_from([pathlib.PurePosixPath("/a/b"), pathlib.PureWindowsPath("c:\\x"), pathlib.Path("x")])
     | st.sampled_from([Ref("model.weight"), Ref("$"), np.dtype(">f4")])
 )

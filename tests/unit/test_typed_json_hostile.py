@@ -156,12 +156,7 @@ TAGS += [
     "$x",
 ]
 jsons = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["<f4", "int8"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["<f4", "int8"]),
     lambda child: (
         st.lists(child, max_size=4)
         | st.dictionaries(st.sampled_from(["dtype", "shape", "data", "a"]), child, max_size=4)
