@@ -58,7 +58,7 @@ def close(reference: str, other: str, until: int) -> str:
     need(apart <= DROPOUT, f"training losses of steps {steps[0]} to {steps[-1]} differ by {apart}")
     return (
         f"held-out loss at step {loaded}: saved as {before!r}, loaded as {after!r}:\n"
-        f"   {abs(before - after):.1e} apart, by the order of summation alone (same weights, no dropout)\n"
+        f"   {abs(before - after):.1e} apart; same weights and no dropout, so only the order of summation can differ\n"
         f"   losses of steps {steps[0]} to {steps[-1]}: at most {apart:.1e} apart; other ranks draw other dropout"
     )
 

@@ -305,16 +305,6 @@ def runs(ranks: Sequence[int]) -> list[list[int]]:
     return out
 
 
-def layout_of(entry: TensorEntry, meshes: Sequence[MeshEntry]) -> Layout:
-    """Return the layout that a manifest gives a tensor."""
-    mesh = meshes[entry.mesh]
-    ranks = tuple(r for start, stop in mesh.ranks for r in range(start, stop))
-    explicit = None
-    if entry.boxes is not None:
-        explicit = tuple(tuple(Box(tuple(o), tuple(s)) for o, s in held) for held in entry.boxes)
-    return Layout(Mesh(tuple(mesh.shape), ranks), tuple(entry.placements), explicit)
-
-
 def infer_layout(shape: tuple[int, ...], by_rank: Mapping[int, Sequence[Box]]) -> Layout:
     """Return a layout for boxes that somebody else's plan gave to ranks: whole, row shards, or else explicit."""
     ranks = sorted(by_rank, key=lambda r: (min((b.offsets for b in by_rank[r]), default=()), r))

@@ -249,7 +249,7 @@ class DistckptStorageReader(StorageReader):
         manifest = reader.manifest
         found: dict[str, Any] = {name: dcp_metadata.BytesStorageMetadata() for name in self._objects}
         for fqn in (*manifest.tensors, *manifest.aliases):
-            entry = manifest.tensors[reader.resolve(fqn)]
+            entry = manifest.tensors[reader.index.resolve(fqn)]
             size = torch.Size(entry.shape)
             chunk = dcp_metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), size)
             properties = dcp_metadata.TensorProperties(dtype=torch_dtype(entry.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,14 +17,12 @@ import torch
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
 from distckpt.dcp.leaves import byte_view, torch_dtype
-from distckpt.dcp.planner import layout_of
 from distckpt.errors import IncompatibleState, ShardError, StoreError
 from distckpt.format import digest as digests
-from distckpt.format.box_reader import open_shard
 from distckpt.format.dtypes import itemsize
-from distckpt.format.layout import candidate_ranks
 from distckpt.format.manifest import Manifest
-from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.format.shard import StoredBox
+from distckpt.format.shard_index import ShardIndex
 from distckpt.storage.base import Store
 
 REQUEST = 8 << 20
@@ -44,12 +42,11 @@ class Want:
 
 @dataclass(slots=True)
 class ReadStats:
-    """Counters of one read: bytes asked for, bytes read from storage, requests, shard headers opened."""
+    """Counters of one read: bytes asked for, bytes read from storage, requests."""
 
     wanted_bytes: int = 0
     read_bytes: int = 0
     requests: int = 0
-    headers: int = 0
     mismatches: list[str] = field(default_factory=list)
 
 
@@ -67,56 +64,18 @@ class _BlockRead:
 
 
 class CheckpointReader:
-    """Reads one committed checkpoint. Headers are opened as they are needed and kept; safe to use from threads.
+    """Reads one committed checkpoint into live tensors. Headers are opened as they are needed and kept.
 
-    ``folder`` is the step folder's name on the store.
+    ``folder`` is the step folder's name on the store. Safe to use from several threads.
     """
 
     def __init__(self, store: Store, manifest: Manifest, folder: str) -> None:
         self.store = store
         self.manifest = manifest
         self.folder = folder
+        self.index = ShardIndex(store, manifest, folder)
         self.stats = ReadStats()
-        self._headers: dict[int, ShardHeader] = {}
-        self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
         self._lock = threading.Lock()
-
-    def shard_path(self, shard: int) -> str:
-        """Return the name on the store of a shard."""
-        return f"{self.folder}/{self.manifest.shards[shard].path}"
-
-    def header(self, shard: int) -> ShardHeader:
-        """Return a shard's header, checked against the manifest; raises ``ShardError``."""
-        with self._lock:
-            found = self._headers.get(shard)
-        if found is None:
-            found = open_shard(self.store, self.manifest, self.folder, shard)
-            boxes: dict[str, list[StoredBox]] = defaultdict(list)
-            for box in found.boxes:
-                boxes[box.fqn].append(box)
-            with self._lock:
-                self._headers[shard] = found
-                self._boxes[shard] = boxes
-                self.stats.headers += 1
-        return found
-
-    def resolve(self, fqn: str) -> str:
-        """Return the name under which a tensor is stored (follows an alias)."""
-        return self.manifest.aliases.get(fqn, fqn)
-
-    def overlapping(self, fqn: str, box: Box) -> list[tuple[int, StoredBox]]:
-        """Return (shard, stored box) for every stored box that shares elements with ``box``; opens only those shards."""
-        name = self.resolve(fqn)
-        entry = self.manifest.tensors[name]
-        if len(self.manifest.shards) == 1:
-            ranks: Iterable[int] = (0,)
-        else:
-            ranks = sorted(candidate_ranks(entry.shape, layout_of(entry, self.manifest.meshes), box))
-        found = []
-        for shard in ranks:
-            self.header(shard)
-            found += [(shard, s) for s in self._boxes[shard].get(name, ()) if s.box.intersect(box)]
-        return found
 
     def read(
         self,
@@ -167,11 +126,11 @@ class CheckpointReader:
                 continue
             self.stats.wanted_bytes += want.box.numel * want.target.element_size()
             covered = 0
-            for shard, stored in self.overlapping(want.fqn, want.box):
+            for shard, stored in self.index.overlapping(want.fqn, want.box):
                 common = want.box.intersect(stored.box)
                 assert common is not None
                 covered += common.numel
-                block = self._headers[shard].block
+                block = self.index.header(shard).block
                 for number in _touched_blocks(stored, common, block):
                     by_block.setdefault((shard, stored.start, number), (stored, []))[1].append(want)
             if covered != want.box.numel:
@@ -180,7 +139,7 @@ class CheckpointReader:
                     f"{want.box.offsets}+{want.box.sizes}"
                 )
         for (shard, start, number), (stored, served) in by_block.items():
-            block = self._headers[shard].block
+            block = self.index.header(shard).block
             nbytes = min(block, stored.nbytes - number * block)
             first = number * block // itemsize(stored.dtype)
             yield _BlockRead(
@@ -188,7 +147,7 @@ class CheckpointReader:
             )
 
     def _request(self, shard: int, blocks: list[_BlockRead], *, compare: bool) -> int:
-        path = self.shard_path(shard)
+        path = self.index.path(shard)
         start, stop = blocks[0].start, blocks[-1].start + blocks[-1].nbytes
         direct = None if compare else _direct_target(blocks, stop - start)
         buffer = direct if direct is not None else memoryview(bytearray(stop - start))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import threading
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, IncompatibleState, ShardError
 from distckpt.format import typed_json
-from distckpt.format.box_reader import Source, fill, open_shard, sources_tile
+from distckpt.format.box_reader import Source, fill, sources_tile
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
-from distckpt.format.layout import Layout, Mesh, candidate_ranks
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
-from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
 from distckpt.storage.base import Store
 
@@ -62,10 +59,7 @@ class Checkpoint:
         self.store = store
         self.committed = committed
         self.manifest = manifest
-        self._headers: dict[int, ShardHeader] = {}
-        self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
-        self._layouts: dict[str, Layout] = {}
-        self._lock = threading.Lock()
+        self._index = ShardIndex(store, manifest, committed.folder)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, generation={self.generation})"
@@ -126,10 +120,10 @@ class Checkpoint:
         """Return what one rank stored for itself (RNG states, ...); ``ConfigError`` for an unknown rank."""
         if not 0 <= rank < len(self.manifest.shards):
             raise ConfigError(f"{self.path}: no rank {rank}, only 0 to {len(self.manifest.shards) - 1}")
-        where = f"{self._shard_path(rank)}: $.objects"
+        where = f"{self._index.path(rank)}: $.objects"
         return {
             name: typed_json.decode(value, where=f"{where}.{name}", error=ShardError)
-            for name, value in self._header(rank).objects.items()
+            for name, value in self._index.header(rank).objects.items()
         }
 
     def _decode(self, value: Any, field: str) -> Any:
@@ -141,7 +135,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor under every name, aliases included; reads all headers. Raises ``ShardError``."""
         stored: dict[str, list[Box]] = defaultdict(list)
-        for boxes in self._open(range(len(self.manifest.shards))):
+        for boxes in self._index.open(range(len(self.manifest.shards))):
             for fqn, held in boxes.items():
                 stored[fqn] += [box.box for box in held]
         infos = {}
@@ -213,65 +207,6 @@ class Checkpoint:
             raise IncompatibleState(f"{self.path}: no tensor {fqn!r}{hint}")
         return name
 
-    def _shards_for(self, fqn: str, box: Box) -> list[int]:
-        """Return the shards that may hold a part of the box, by the tensor's layout in the manifest."""
-        if len(self.manifest.shards) == 1:
-            return [0]
-        with self._lock:
-            layout = self._layouts.get(fqn)
-        if layout is None:
-            layout = self._layout(fqn)
-            with self._lock:
-                self._layouts[fqn] = layout
-        return sorted(candidate_ranks(self.manifest.tensors[fqn].shape, layout, box))
-
-    def _layout(self, fqn: str) -> Layout:
-        entry = self.manifest.tensors[fqn]
-        mesh = self.manifest.meshes[entry.mesh]
-        ranks = tuple(rank for start, stop in mesh.ranks for rank in range(start, stop))
-        explicit = None
-        if entry.boxes is not None:
-            explicit = tuple(tuple(Box(tuple(o), tuple(s)) for o, s in held) for held in entry.boxes)
-        return Layout(Mesh(tuple(mesh.shape), ranks), tuple(entry.placements), explicit)
-
     def _sources(self, fqn: str, box: Box) -> list[Source]:
-        entry, found = self.manifest.tensors[fqn], []
-        shards = self._shards_for(fqn, box) if box.numel else []
-        for index, boxes in zip(shards, self._open(shards), strict=True):
-            path = self._shard_path(index)
-            for stored in boxes.get(fqn, ()):
-                if (stored.dtype, stored.global_shape) != (entry.dtype, tuple(entry.shape)):
-                    raise ShardError(
-                        f"{path}: tensor {fqn!r} is {stored.dtype} {stored.global_shape} in the shard "
-                        f"of rank {index}, but {entry.dtype} {tuple(entry.shape)} in the manifest"
-                    )
-                if stored.box.intersect(box) is not None:
-                    found.append(Source(path, index, self._header(index).block, stored))
-        return found
-
-    def _shard_path(self, index: int) -> str:
-        return f"{self.committed.folder}/{self.manifest.shards[index].path}"
-
-    def _open(self, shards: range | list[int]) -> list[dict[str, list[StoredBox]]]:
-        """Return what each shard holds, by tensor; headers that are not known yet are read in parallel."""
-        missing = [index for index in shards if index not in self._boxes]
-        if len(missing) > 1:
-            with ThreadPoolExecutor(min(16, len(missing)), thread_name_prefix="distckpt-headers") as pool:
-                list(pool.map(self._header, missing))
-        else:
-            for index in missing:
-                self._header(index)
-        return [self._boxes[index] for index in shards]
-
-    def _header(self, index: int) -> ShardHeader:
-        with self._lock:
-            known = self._headers.get(index)
-        if known is not None:
-            return known
-        header = open_shard(self.store, self.manifest, self.committed.folder, index)
-        boxes: dict[str, list[StoredBox]] = defaultdict(list)
-        for stored in header.boxes:
-            boxes[stored.fqn].append(stored)
-        with self._lock:
-            self._headers[index], self._boxes[index] = header, dict(boxes)
-        return header
+        found = self._index.overlapping(fqn, box)
+        return [Source(self._index.path(i), i, self._index.header(i).block, stored) for i, stored in found]

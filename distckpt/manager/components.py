@@ -35,6 +35,7 @@ class Components:
     def __init__(self, config: CheckpointConfig, stateful: Mapping[str, Any], scheduler: Any, scaler: Any) -> None:
         self.config = config
         self.parts: dict[str, Any] = {}
+        self._live: dict[str, torch.Tensor] = {}  # targets as the parts gave them: a sharded tensor goes back as one
         for name, part in (("scheduler", scheduler), ("scaler", scaler), *stateful.items()):
             if part is None:
                 continue
@@ -76,12 +77,14 @@ class Components:
         ``saved``: FQN to (dtype, shape). A whole tensor of another dtype or shape is read into memory of its own: a part
         may grow, and its ``load_state_dict`` is the judge.
         """
+        self._live = {}
         for name, part in self.parts.items():
             if self.kind(name) == REPLICATED:
                 for fqn, tensor in flatten_tree(name, part.state_dict())[0].items():
                     leaf = tensor_leaf(fqn, tensor) if fqn in saved else None
                     if leaf is not None and (leaf.layout is not None or (leaf.dtype, leaf.shape) == saved[fqn]):
                         state.add_leaf(leaf)
+                        self._live[fqn] = tensor
 
     def _add_tree(self, state: State, name: str, tree: Any) -> None:
         kind = self.kind(name)
@@ -99,7 +102,7 @@ class Components:
         if absent:
             raise IncompatibleState(f"stateful {name!r}: tensors {absent[:5]} of its saved state were not loaded")
         try:
-            self.parts[name].load_state_dict(unflatten_tree(tree, dict(tensors)))
+            self.parts[name].load_state_dict(unflatten_tree(tree, {**tensors, **self._live}))
         except DistckptError:
             raise
         except Exception as error:

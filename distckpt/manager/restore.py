@@ -203,7 +203,7 @@ def _read_here(rank: int, load: Restore, matched: _Matched, unexpected: set[str]
     if options.prove:
         _prove(report, reader, load.engine, matched.optimizer, load.config.threads)
     report.read_bytes, report.wanted_bytes = reader.stats.read_bytes, reader.stats.wanted_bytes
-    report.headers_read = reader.stats.headers
+    report.headers_read = reader.index.opened
 
 
 def _with_tied(groups: list[dict[str, Any]], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -278,7 +278,7 @@ def _refuse_misfits(report: LoadReport, problems: list[str], options: LoadOption
 
 
 def _misfit(leaf: TensorLeaf, reader: CheckpointReader, options: LoadOptions, report: LoadReport) -> str | None:
-    entry = reader.manifest.tensors[reader.resolve(leaf.fqn)]
+    entry = reader.manifest.tensors[reader.index.resolve(leaf.fqn)]
     if tuple(entry.shape) != leaf.shape:
         return f"{leaf.fqn} has shape {list(leaf.shape)} here and {entry.shape} in the checkpoint"
     if entry.dtype == leaf.dtype:
@@ -350,7 +350,7 @@ def _own_objects(reader: CheckpointReader, rank: int, options: LoadOptions) -> d
     manifest = reader.manifest
     if rank >= len(manifest.shards) or not any(options.wants(n) for n in manifest.per_rank):
         return {}
-    return {n: typed_json.decode(v) for n, v in reader.header(rank).objects.items() if options.wants(n)}
+    return {n: typed_json.decode(v) for n, v in reader.index.header(rank).objects.items() if options.wants(n)}
 
 
 def _load_rng(report: LoadReport, reader: CheckpointReader, own: dict[str, Any], rank: int) -> None:
@@ -360,7 +360,7 @@ def _load_rng(report: LoadReport, reader: CheckpointReader, own: dict[str, Any],
         report.rederived += [f"rng of rank {rank}: {d}" for d in rng_differences(state)]
     else:
         origin = rank % len(manifest.shards)
-        state = derive_rng(typed_json.decode(reader.header(origin).objects[RNG]), rank=rank, step=manifest.step)
+        state = derive_rng(typed_json.decode(reader.index.header(origin).objects[RNG]), rank=rank, step=manifest.step)
         report.rederived.append(
             f"rng of rank {rank}: new rank, derived from rank {origin}'s state (rule distckpt-rng-1)"
         )

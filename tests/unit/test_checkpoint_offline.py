@@ -129,8 +129,8 @@ def test_a_box_reads_only_the_blocks_that_it_touches(store: PosixStore) -> None:
     found = checkpoint.read_box("w", Box((300, 5), (2, 3)))
     # Another rank's header (at most one first read of 64 KiB, and its rest), and two blocks of 4 KiB.
     assert found.tolist() == array[300:302, 5:8].tolist()
-    assert len(checkpoint._headers) == 2
-    header = checkpoint._headers[1].nbytes
+    assert checkpoint._index.opened == 2
+    header = checkpoint._index.header(1).nbytes
     assert opened["bytes_read"] - before == max(header, 64 << 10) + 2 * 4096
 
 
@@ -256,8 +256,8 @@ def test_shards_that_leave_a_hole_are_not_read() -> None:
     store = MemoryStore()
     manifest = prepare(store, 1, tensors={"w": np.ones((8, 4), np.float32)})
     checkpoint = Checkpoint(store, Committed(1, 1, "unused"), manifest)
-    checkpoint._open([0, 1])
-    checkpoint._boxes[1] = {}
+    checkpoint._index.open([0, 1])
+    checkpoint._index._boxes[1] = {}
     with pytest.raises(ShardError, match=r"'w' exactly once: boxes cover 16 of 32"):
         checkpoint.read("w")
     assert checkpoint.read_box("w", Box((0, 0), (4, 4))).sum() == 16

@@ -1,0 +1,118 @@
+"""Which shards of a checkpoint hold what: headers opened as they are needed, checked, kept. Used live and offline."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from distckpt.boxes import Box
+from distckpt.errors import ShardError
+from distckpt.format.box_reader import open_shard
+from distckpt.format.layout import Layout, Mesh, candidate_ranks
+from distckpt.format.manifest import Manifest, MeshEntry, TensorEntry
+from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.storage.base import Store
+
+HEADER_THREADS = 16
+
+
+def mesh_of(entry: MeshEntry) -> Mesh:
+    """Return a manifest's mesh with its runs of ranks written out."""
+    return Mesh(tuple(entry.shape), tuple(rank for start, stop in entry.ranks for rank in range(start, stop)))
+
+
+def layout_of(entry: TensorEntry, meshes: Sequence[Mesh]) -> Layout:
+    """Return the layout that a manifest gives a tensor."""
+    explicit = None
+    if entry.boxes is not None:
+        explicit = tuple(tuple(Box(tuple(o), tuple(s)) for o, s in held) for held in entry.boxes)
+    return Layout(meshes[entry.mesh], tuple(entry.placements), explicit)
+
+
+class ShardIndex:
+    """The shards of one committed checkpoint. ``folder`` is the step folder's name on the store. Thread-safe."""
+
+    def __init__(self, store: Store, manifest: Manifest, folder: str) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.folder = folder
+        self._meshes = [mesh_of(mesh) for mesh in manifest.meshes]
+        self._layouts: dict[str, Layout] = {}
+        self._headers: dict[int, ShardHeader] = {}
+        self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def opened(self) -> int:
+        """How many headers were read so far."""
+        return len(self._headers)
+
+    def path(self, shard: int) -> str:
+        """Return the name on the store of a shard."""
+        return f"{self.folder}/{self.manifest.shards[shard].path}"
+
+    def header(self, shard: int) -> ShardHeader:
+        """Return a shard's header, checked against the manifest; raises ``ShardError``."""
+        with self._lock:
+            known = self._headers.get(shard)
+        if known is not None:
+            return known
+        header = open_shard(self.store, self.manifest, self.folder, shard)
+        boxes: dict[str, list[StoredBox]] = defaultdict(list)
+        for stored in header.boxes:
+            boxes[stored.fqn].append(stored)
+        with self._lock:
+            self._headers[shard], self._boxes[shard] = header, dict(boxes)
+        return header
+
+    def open(self, shards: Iterable[int]) -> list[dict[str, list[StoredBox]]]:
+        """Return what each shard holds, by FQN; headers that are not known yet are read in parallel."""
+        wanted = list(shards)
+        missing = [index for index in wanted if index not in self._boxes]
+        if len(missing) > 1:
+            workers = min(HEADER_THREADS, len(missing))
+            with ThreadPoolExecutor(workers, thread_name_prefix="distckpt-headers") as pool:
+                list(pool.map(self.header, missing))
+        else:
+            for index in missing:
+                self.header(index)
+        return [self._boxes[index] for index in wanted]
+
+    def resolve(self, fqn: str) -> str:
+        """Return the name under which a tensor is stored (follows an alias)."""
+        return self.manifest.aliases.get(fqn, fqn)
+
+    def candidates(self, fqn: str, box: Box) -> list[int]:
+        """Return the shards that can hold a part of the box, by the tensor's layout alone: nothing is opened."""
+        if not box.numel:
+            return []
+        if len(self.manifest.shards) == 1:
+            return [0]
+        entry = self.manifest.tensors[fqn]
+        layout = self._layouts.get(fqn)
+        if layout is None:
+            layout = self._layouts[fqn] = layout_of(entry, self._meshes)
+        return sorted(candidate_ranks(entry.shape, layout, box))
+
+    def overlapping(self, fqn: str, box: Box) -> list[tuple[int, StoredBox]]:
+        """Return (shard, stored box) for each stored box that shares elements with ``box``; opens only those shards.
+
+        Raises ``ShardError`` where a header contradicts the manifest.
+        """
+        name = self.resolve(fqn)
+        entry = self.manifest.tensors[name]
+        promised = (entry.dtype, tuple(entry.shape))
+        shards = self.candidates(name, box)
+        found = []
+        for shard, boxes in zip(shards, self.open(shards), strict=True):
+            for stored in boxes.get(name, ()):
+                if (stored.dtype, stored.global_shape) != promised:
+                    raise ShardError(
+                        f"{self.path(shard)}: tensor {name!r} is {stored.dtype} {stored.global_shape} in the shard of "
+                        f"rank {shard}, but {promised[0]} {promised[1]} in the manifest"
+                    )
+                if stored.box.intersect(box) is not None:
+                    found.append((shard, stored))
+        return found
