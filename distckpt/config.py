@@ -9,7 +9,7 @@ from typing import Any
 
 from distckpt.errors import ConfigError
 
-DEFAULT_THREADS = max(4, min(16, 2 * (os.cpu_count() or 1)))
+DEFAULT_THREADS = max(12, min(32, 2 * (os.cpu_count() or 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,10 @@ def group_settings(saved: list[dict[str, Any]], fqns: Sequence[str]) -> dict[str
     by_fqn = {fqn: group for group in saved for fqn in group["params"]}
     absent = [fqn for fqn in fqns if fqn not in by_fqn]
     if absent:
-        raise IncompatibleState(f"the checkpoint has no optimizer settings for {absent[:5]}; were they frozen then?")
+        raise IncompatibleState(
+            f"the checkpoint has no optimizer settings for {absent[:5]}; were they frozen then? Leave them out of the "
+            "optimizer until the load is done and add them by add_param_group, or load with load_optimizer=False"
+        )
     found = [{k: v for k, v in by_fqn[fqn].items() if k != "params"} for fqn in fqns]
     if any(settings != found[0] for settings in found):
         raise IncompatibleState(

@@ -136,12 +136,8 @@ def plan_shard(
     if not len(save_id) <= MAX_SAVE_ID or not save_id.isascii():
         raise ValueError(f"save id {shown(save_id)}: at most {MAX_SAVE_ID} ASCII characters")
     keys = _keys(pieces)
-    nbytes = [_piece_nbytes(piece) for piece in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: -itemsize(pieces[i].dtype))
-    relative, end = [0] * len(pieces), 0
-    for i in order:
-        relative[i] = end
-        end += nbytes[i]
+    order, relative, nbytes = place_pieces(pieces)
+    end = sum(nbytes)
     draft = ShardPlan(
         pieces=tuple(pieces),
         keys=keys,
@@ -167,6 +163,17 @@ def plan_shard(
         )
     starts = tuple(data_start + at for at in relative)
     return replace(draft, starts=starts, data_start=data_start, size=data_start + end)
+
+
+def place_pieces(pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
+    """Return (order in the file, offset in the data region by piece, bytes by piece): back to back, aligned."""
+    nbytes = [_piece_nbytes(piece) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: -itemsize(pieces[i].dtype))
+    relative, end = [0] * len(pieces), 0
+    for i in order:
+        relative[i] = end
+        end += nbytes[i]
+    return order, relative, nbytes
 
 
 def render_header(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:

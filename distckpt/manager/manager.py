@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -220,7 +220,7 @@ class CheckpointManager:
             )
             with self.agreement.guard(f"{key}/begin"):
                 replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
-                data = [] if full else self._stage([state.tensors[p.fqn].view(p.box) for p in agreed.pieces])
+                source = None if full else self._stage(agreed, state)
         except AgreementError as error:
             raise save_error(step, error) from error
         self._plan = agreed
@@ -239,15 +239,16 @@ class CheckpointManager:
             trained=self.engine.trained(),
         )
         rows, self._pending = self._pending, []
-        if full:
+        if source is None:
             return lambda: self._write_full(agreed, request, state, rows)
-        return lambda: self._write(agreed, request, data.__getitem__, rows, self._saving)
+        return lambda: self._write(agreed, request, source, rows, self._saving)
 
-    def _stage(self, views: Sequence[torch.Tensor]) -> list[memoryview]:
+    def _stage(self, agreed: AgreedPlan, state: State) -> Source:
         """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
+        views = [state.tensors[piece.fqn].view(piece.box) for piece in agreed.pieces]
         if self.config.async_save or any(v.device.type != "cpu" for v in views):
-            return self._arena.stage(views)
-        return [host_bytes(view) for view in views]
+            return self._arena.stage(agreed.pieces, views)
+        return [host_bytes(view) for view in views].__getitem__
 
     def _write_full(self, agreed: AgreedPlan, request: SaveRequest, state: State, rows: list[dict[str, Any]]) -> None:
         """A full save: rank 0 writes while it gathers, the others send; always on the training thread, never retried."""

@@ -26,6 +26,8 @@ from distckpt.errors import ConfigError, CorruptCheckpoint, DistckptError, Incom
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
 
+MAX_SENTENCES = 100
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -130,14 +132,30 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
 
     def read() -> list[str]:
         _read_here(agreement.rank, load, matched[0], unexpected)
-        return []
+        return matched[0].report.rederived
 
-    _together(agreement, f"{key}/read", load, read)
+    matched[0].report.rederived = _together(agreement, f"{key}/read", load, read, combine=_all_said)
     return matched[0].report
 
 
-def _together(agreement: Agreement, key: str, load: Restore, work: Callable[[], list[str]]) -> list[str]:
-    """Do the work on every rank and return the names that all ranks returned; one rank's error is every rank's."""
+def _common(by_rank: Sequence[Sequence[str]]) -> list[str]:
+    return sorted(set(by_rank[0]).intersection(*by_rank[1:]))
+
+
+def _all_said(by_rank: Sequence[Sequence[str]]) -> list[str]:
+    """Every sentence once, in order of ranks; the rest of very many is only counted."""
+    every = list(dict.fromkeys(sentence for said in by_rank for sentence in said))
+    return every if len(every) <= MAX_SENTENCES else [*every[:MAX_SENTENCES], f"{len(every) - MAX_SENTENCES} more"]
+
+
+def _together(
+    agreement: Agreement,
+    key: str,
+    load: Restore,
+    work: Callable[[], list[str]],
+    combine: Callable[[Sequence[Sequence[str]]], list[str]] = _common,
+) -> list[str]:
+    """Do the work on every rank and return all ranks' results combined; one rank's error is every rank's."""
     cause: DistckptError | None = None
     deadline = Deadline.after(load.config.timeout_s)
     with agreement.guard(key, deadline=deadline):
@@ -151,16 +169,15 @@ def _together(agreement: Agreement, key: str, load: Restore, work: Callable[[], 
     def decide(payloads: list[bytes]) -> bytes:
         kinds, texts, names = zip(*(msgspec.json.decode(p) for p in payloads), strict=True)
         kind = "other" if "other" in kinds else "corrupt" if "corrupt" in kinds else ""
-        common = sorted(set(names[0]).intersection(*names[1:]))
-        return msgspec.json.encode([kind, [t for t in texts if t], common])
+        return msgspec.json.encode([kind, [t for t in texts if t], [] if kind else combine(names)])
 
-    kind, texts, common = msgspec.json.decode(
+    kind, texts, combined = msgspec.json.decode(
         agreement.round(key, msgspec.json.encode(outcome), decide, deadline=deadline)
     )
     if kind:
         error_type = CorruptCheckpoint if kind == "corrupt" else IncompatibleState
         raise error_type(f"{load.path} was not loaded: " + "; ".join(texts)) from cause
-    return list(common)
+    return list(combined)
 
 
 def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
@@ -336,6 +353,7 @@ def _load_parts(
                 report.rederived.append(f"{name}: left as it is, it means nothing on another world size")
             elif name in own:
                 components.load(name, own[name], tensors)
+                report.rederived += _unused(name, manifest.world_size, report.world_size)
             else:
                 report.rederived.append(f"{name}: rank {rank} is new and keeps its own")
     if EXTRA in objects:
@@ -364,11 +382,12 @@ def _load_rng(report: LoadReport, reader: CheckpointReader, own: dict[str, Any],
         report.rederived.append(
             f"rng of rank {rank}: new rank, derived from rank {origin}'s state (rule distckpt-rng-1)"
         )
-    if manifest.world_size != report.world_size and rank == 0 and report.world_size < manifest.world_size:
-        report.rederived.append(
-            f"rng of ranks {report.world_size}..{manifest.world_size - 1}: not used, the job is smaller now"
-        )
+    report.rederived += _unused("rng", manifest.world_size, report.world_size)
     restore_rng(state)
+
+
+def _unused(name: str, saved: int, now: int) -> list[str]:
+    return [f"{name} of ranks {now}..{saved - 1}: not used, the job is smaller now"] if now < saved else []
 
 
 def _prove(report: LoadReport, reader: CheckpointReader, engine: Engine, optimizer: bool, threads: int) -> None:

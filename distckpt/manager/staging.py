@@ -10,15 +10,16 @@ from collections.abc import Sequence
 
 import torch
 
-ALIGN = 64
-"""Pieces start at multiples of this many bytes, so that any dtype can be viewed in place."""
+from distckpt.dcp.writer import Staged
+from distckpt.format.shard import Piece, place_pieces
+from distckpt.storage.direct import ALIGNMENT
 
 
 class StagingArena:
     """One reusable host buffer. ``stage`` overwrites what was staged before: one save at a time owns it."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._image = torch.empty(0, dtype=torch.uint8)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.allocations = 0
         """How often the buffer had to grow; a steady job has 1."""
@@ -26,23 +27,19 @@ class StagingArena:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory held."""
-        return self._buffer.numel()
+        return self._image.numel()
 
-    def stage(self, views: Sequence[torch.Tensor]) -> list[memoryview]:
-        """Copy the views (any device, any strides) and return the bytes of each, row-major.
+    def stage(self, pieces: Sequence[Piece], views: Sequence[torch.Tensor]) -> Staged:
+        """Copy the pieces' tensors (any device, any strides) into an image of the shard's data region.
 
         On return the copies are complete: the caller may change the originals. Work already queued on the current
         stream of a device is part of the snapshot.
         """
-        starts, total = [], 0
-        for view in views:
-            starts.append(total)
-            total += -(-view.numel() * view.element_size() // ALIGN) * ALIGN
-        self._reserve(total, pinned=any(view.is_cuda for view in views))
+        _, starts, sizes = place_pieces(pieces)
+        self._reserve(sum(sizes), pinned=any(view.is_cuda for view in views))
         streams = self._side_streams(views)
-        for start, view in zip(starts, views, strict=True):
-            nbytes = view.numel() * view.element_size()
-            room = self._buffer[start : start + nbytes].view(view.dtype).view(view.shape)
+        for start, size, view in zip(starts, sizes, views, strict=True):
+            room = self._image[start : start + size].view(view.dtype).view(view.shape)
             if view.is_cuda:
                 with torch.cuda.stream(streams[view.device]):
                     room.copy_(view, non_blocking=True)
@@ -50,17 +47,18 @@ class StagingArena:
                 room.copy_(view)
         for stream in streams.values():
             stream.synchronize()
-        whole = self._buffer.numpy().data
-        return [whole[s : s + v.numel() * v.element_size()] for s, v in zip(starts, views, strict=True)]
+        image = self._image[: sum(sizes)].numpy().data
+        return Staged(tuple(image[s : s + n] for s, n in zip(starts, sizes, strict=True)), image)
 
     def release(self) -> None:
         """Give the memory back."""
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._image = torch.empty(0, dtype=torch.uint8)
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
-        if self._buffer.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one before asking for more
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):
+            self._image = torch.empty(0, dtype=torch.uint8)  # free the old one before asking for more
+            buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+            self._image = buffer[-buffer.data_ptr() % ALIGNMENT :]  # aligned, so that direct I/O takes it as it is
             self.allocations += 1
 
     def _side_streams(self, views: Sequence[torch.Tensor]) -> dict[torch.device, torch.cuda.Stream]:

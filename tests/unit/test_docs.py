@@ -111,6 +111,10 @@ def spec_held(manifest: dict[str, Any], tensor: dict[str, Any]) -> dict[int, np.
         if tensor["placements"] == ["E"]:
             for offsets, sizes in tensor["boxes"][number]:
                 mask[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = True
+        elif flat := [(m, text[2:-1].split(",")) for m, text in enumerate(tensor["placements"]) if text[0] == "F"]:
+            ((m, (offset, length)),) = flat
+            start = coordinate[m] * int(length) - int(offset)
+            mask.reshape(-1)[max(0, start) : max(0, start + int(length))] = True
         else:
             mask[np.ix_(*spec_lists(tensor["shape"], mesh["shape"], tensor["placements"], coordinate))] = True
         if mask.any():
@@ -231,6 +235,8 @@ LAYOUTS = {
     "explicit": Layout(
         Mesh.flat([1, 3]), ("E",), ((Box((0, 0), (2, 5)), Box((6, 0), (1, 5))), (Box((2, 0), (4, 5)),))
     ),
+    "zero": Layout(Mesh((2, 2), (0, 1, 2, 3)), ("R", "F(11,23)")),
+    "zero.alone": Layout(Mesh.flat([3, 1, 2]), ("F(100,48)",)),
     "strided#1": Layout(Mesh.flat([0, 1, 2, 3]), ("S(0)",)),
 }
 
@@ -348,7 +354,7 @@ def test_the_table_of_layouts_is_right() -> None:
     rows = cells("## 6. Layouts")[2:]
     checked = 0
     for mesh, placements, *ranks in rows:
-        if placements == "`E`":
+        if placements == "`E`" or placements.startswith("`F"):
             continue
         shape = [int(extent) for extent in mesh.split(" × ")]
         texts = [text.strip("` ") for text in re.findall(r"`[^`]+`", placements)]

@@ -119,10 +119,11 @@ def test_imports(check: Callable[[Import], bool]) -> None:
 def test_nothing_can_unpickle() -> None:
     banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
     assert [str(found) for found in IMPORTS if found.module.split(".")[0] in banned] == []
-    loads = [
-        f"{f}:{n.lineno}" for f, n, name in calls() if name in ("torch.load", "torch.save", "np.load", "numpy.load")
-    ]
-    assert loads == []
+    read = [f"{f}:{n.lineno}" for f, n, name in calls() if name in ("torch.load", "np.load", "numpy.load")]
+    assert read == []
+    # DCP's planners take objects as torch.save bytes only: made and read in memory, never on storage.
+    saved = [f for f, _, name in calls() if name in ("torch.save", "np.save", "numpy.save")]
+    assert set(saved) <= {"dcp/plugin.py"}
 
 
 def test_only_clock_reads_time() -> None:

@@ -20,6 +20,7 @@ from distckpt.format.layout import (
     Layout,
     Mesh,
     candidate_ranks,
+    flat_range,
     held_boxes,
     local_shape,
     parse_placement,
@@ -156,6 +157,53 @@ def test_candidate_ranks_are_exactly_those_that_hold_a_part(case: Case, data: st
     assert candidate_ranks(case.shape, case.layout, box) == holding
 
 
+@st.composite
+def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], Layout]:
+    """Return a shape and a ZeRO layout that holds all of it: R for some mesh dimensions, F for one."""
+    shape = draw(st.lists(st.integers(1, 6), max_size=3).map(tuple))
+    mesh_shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple))
+    at = draw(st.integers(0, len(mesh_shape) - 1))
+    offset = draw(st.integers(0, 50))
+    partition = -(-(offset + math.prod(shape)) // mesh_shape[at]) + draw(st.integers(0, 9))
+    placements = ["R"] * len(mesh_shape)
+    placements[at] = f"F({offset},{max(1, partition)})"
+    order = draw(st.permutations(range(math.prod(mesh_shape))))
+    return shape, Layout(Mesh(mesh_shape, tuple(order)), tuple(placements))
+
+
+@settings(max_examples=200)
+@given(partitions(), st.data())
+def test_a_zero_partition_is_a_slice_of_the_flat_buffer(
+    case: tuple[tuple[int, ...], Layout], data: st.DataObject
+) -> None:
+    shape, layout = case
+    at = next(m for m, text in enumerate(layout.placements) if text != "R")
+    offset, partition = map(int, layout.placements[at][2:-1].split(","))
+    buffer = torch.full((offset + math.prod(shape),), -1)
+    buffer[offset:] = torch.arange(math.prod(shape))
+    whole = buffer[offset:].reshape(shape)
+    ranges = {}
+    for rank in layout.mesh.ranks:
+        coordinate = layout.mesh.coordinate(rank)
+        assert coordinate is not None
+        mine = buffer[coordinate[at] * partition : (coordinate[at] + 1) * partition]
+        mine = mine[mine >= 0]
+        boxes = [held.box for held in held_boxes(shape, layout, rank)]
+        found = torch.cat([torch.empty(0, dtype=torch.long), *(whole[cut(box)].reshape(-1) for box in boxes)])
+        assert torch.equal(found, mine)
+        start, stop = flat_range(shape, layout, rank) or (0, 0)
+        assert list(range(start, stop)) == mine.tolist()
+        ranges[rank] = set(mine.tolist())
+    offsets = [data.draw(st.integers(0, extent - 1)) for extent in shape]
+    sizes = [data.draw(st.integers(1, extent - o)) for extent, o in zip(shape, offsets, strict=True)]
+    box = Box(tuple(offsets), tuple(sizes))
+    wanted = set(whole[cut(box)].flatten().tolist())
+    span = set(range(min(wanted), max(wanted) + 1))
+    candidates = candidate_ranks(shape, layout, box)
+    assert {rank for rank, elements in ranges.items() if elements & wanted} <= candidates
+    assert candidates <= {rank for rank, elements in ranges.items() if elements & span}
+
+
 def test_candidate_ranks_of_nothing_are_none() -> None:
     layout = Layout(Mesh.flat(range(4)), ("S(0)",))
     assert candidate_ranks((8, 2), layout, Box((1, 0), (0, 2))) == set()
@@ -211,7 +259,7 @@ def test_a_mesh_needs_as_many_ranks_as_places() -> None:
 
 @pytest.mark.parametrize(
     ("written", "kind", "dim", "factor"),
-    [("R", "R", 0, 1), ("E", "E", 0, 1), ("S(0)", "S", 0, 1), ("S(12)", "S", 12, 1), ("SS(1,4)", "SS", 1, 4)],
+    [("R", "R", 0, 1), ("E", "E", 0, 1), ("S(0)", "S", 0, 1), ("S(12)", "S", 12, 1), ("SS(1,4)", "SS", 1, 4), ("F(0,1)", "F", 0, 1)],
 )
 def test_placements_are_parsed(written: str, kind: str, dim: int, factor: int) -> None:
     found = parse_placement(written)
@@ -222,7 +270,7 @@ def test_placements_are_parsed(written: str, kind: str, dim: int, factor: int) -
     "written",
     [
         "", "r", "S", "S()", "S(-1)", "S(0) ", " S(0)", "S(0)\n", "S(100)", "S(01)", "SS(0)", "SS(0,0)", "SS(0,02)",
-        "SS(0, 2)", "R,R", "P", "S(٣)", "S(３)", "SS(0,２)", "SS(0,1٢)", "F(0)",
+        "SS(0, 2)", "R,R", "P", "S(٣)", "S(３)", "SS(0,２)", "SS(0,1٢)", "F(0)", "F(0,0)", "F(01,2)", "F(0,٢)", "F(-1,2)",
     ],
 )  # fmt: skip
 def test_anything_else_is_no_placement(written: str) -> None:

@@ -21,7 +21,6 @@ from distckpt.dcp.planner import (
     decode_table,
     encode_table,
     gathered,
-    layout_of,
     manifest_tensors,
     merge_tables,
     pieces_digest,
@@ -32,6 +31,7 @@ from distckpt.dcp.planner import (
 from distckpt.errors import IncompatibleState, ReplicasDiffer
 from distckpt.format.layout import Layout, Mesh, held_boxes
 from distckpt.format.shard import Piece
+from distckpt.format.shard_index import layout_of, mesh_of
 
 SIZES = {"float32": 4, "int8": 1, "float64": 8}
 
@@ -67,6 +67,10 @@ def plans(draw: st.DrawFn) -> Plan:
             continue
         choices = ["R"] + ([f"S({d})" for d in range(len(shape))] + [f"SS({d},2)" for d in range(len(shape))])
         placements = [draw(st.sampled_from(choices)) for _ in mesh_shape]
+        if draw(st.integers(0, 3)) == 0:  # a ZeRO partition that ends where the tensor does, or later
+            offset = draw(st.integers(0, 20))
+            least = -(-(offset + math.prod(shape)) // mesh_shape[-1])
+            placements = ["R"] * (len(mesh_shape) - 1) + [f"F({offset},{max(1, least + draw(st.integers(0, 3)))})"]
         on_mesh[f"mesh{number}"] = row(shape, placements, mesh, dtype)
     inside, outside = Table(everywhere | on_mesh), Table(everywhere)
     return merge_tables([inside if rank in mesh.ranks else outside for rank in range(world)])
@@ -297,7 +301,8 @@ def test_layouts_survive_the_manifest() -> None:
     plan = Plan(4, sharded, {}, {}, {})
     meshes, entries = manifest_tensors(plan)
     assert len(meshes) == 2
-    assert {fqn: layout_of(entry, meshes) for fqn, entry in entries.items()} == {
+    grids = [mesh_of(mesh) for mesh in meshes]
+    assert {fqn: layout_of(entry, grids) for fqn, entry in entries.items()} == {
         fqn: r.layout for fqn, r in sharded.items()
     }
 
