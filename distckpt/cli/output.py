@@ -80,6 +80,25 @@ def plain(value: Any) -> Any:
     return repr(value)
 
 
+def readable(value: Any) -> Any:
+    """Return typed JSON (``format/typed_json.py``) as plain JSON for the eye: tags go, nothing is imported or checked."""
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: readable(item) for key, item in value.items()}
+    (tag, payload), *_ = value.items()
+    if tag in ("$dict", "$ordered") and isinstance(payload, list):
+        pairs = [pair for pair in payload if isinstance(pair, list) and len(pair) == 2]
+        return {str(readable(key)): readable(item) for key, item in pairs}
+    if tag == "$int" and isinstance(payload, str):
+        return int(payload, 16)
+    if isinstance(payload, dict) and "dtype" in payload:
+        return f"{tag[1:]} {payload['dtype']} {payload.get('shape', '')}".rstrip()
+    return readable(payload)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document on standard output."""
     print(json.dumps(plain(value), indent=2, allow_nan=False))

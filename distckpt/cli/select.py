@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from distckpt.cli.output import readable
 from distckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, StoreError, UnsupportedVersion
 from distckpt.format import names
 from distckpt.format.catalog import Location, parse_location
@@ -69,7 +70,7 @@ def run_metric(store: Store, line: list[Committed]) -> tuple[str, str]:
     """Return (metric, mode) that the run itself calls best by, as its newest readable manifest says."""
     for commit in line:
         try:
-            provenance: Any = read_manifest(store, commit).provenance
+            provenance: Any = readable(read_manifest(store, commit).provenance)
         except (CorruptCheckpoint, UnsupportedVersion, StoreError):
             continue
         settings = provenance.get("settings") if isinstance(provenance, dict) else None

@@ -11,7 +11,7 @@ import typer
 
 from distckpt.boxes import Box
 from distckpt.cli import options
-from distckpt.cli.output import Column, clean, print_json, print_table, size_text, time_text, value_text
+from distckpt.cli.output import Column, clean, print_json, print_table, readable, size_text, time_text, value_text
 from distckpt.cli.select import path_of, place
 from distckpt.format.catalog import is_pinned
 from distckpt.format.checkpoint import Checkpoint, open_checkpoint
@@ -185,7 +185,7 @@ def _print_lineage(checkpoint: Checkpoint) -> None:
             Column("from", fold=True),
         ]
         _section(columns, [[clean(cell) for cell in row] for row in rows])
-    provenance = checkpoint.manifest.provenance
+    provenance = readable(checkpoint.manifest.provenance)
     if isinstance(provenance, dict):
         rows = [[clean(name), _short(value)] for name, value in provenance.items() if value is not None]
         if rows:
@@ -198,7 +198,7 @@ def _section(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = _json(value)
+    text = _json(readable(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 

@@ -135,6 +135,12 @@ def merge_tables(by_rank: Sequence[Table]) -> Plan:
                 raise ReplicasDiffer(
                     f"{alias} is tied to {aliases[alias]} on some ranks and to {target} on ranks {ranks}"
                 )
+    clash = sorted(set(aliases) & set(rows))
+    if clash:
+        raise ReplicasDiffer(
+            f"{clash[0]} is tied to {aliases[clash[0]]} on some ranks and a tensor of its own on ranks {holders[clash[0]]}; "
+            "tie it on all ranks or on none"
+        )
     resolved = {fqn: _resolve(fqn, row, holders[fqn]) for fqn, row in sorted(rows.items())}
     kept = {
         n: tuple(sorted(r)) if objects[n] == "groups" else (min(r),)

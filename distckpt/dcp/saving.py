@@ -207,7 +207,7 @@ def _attempt(
 
     attempt = agreement.round(begin_key, b"", begin, deadline=deadline).decode()
     failpoints.hit("save.begun", request.save_id)
-    with agreement.guard(commit_key):
+    with agreement.guard(commit_key, deadline=deadline):
         folder = f"{names.step_folder(request.step)}/{attempt}"
         path = f"{attempt}/{names.shard_name(agreement.rank, agreement.world_size)}"
         own = {n: v for n, v in request.objects.items() if agreed.written.objects[n] in (PER_RANK, DROP_ON_RESIZE)}

@@ -7,24 +7,29 @@ collective is called, and the optimizer is never stepped to make room for its st
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from distckpt.dcp.leaves import (
     GROUPS,
     State,
     dtype_name,
     flatten_tree,
+    tensor_leaf,
     torch_dtype,
     tree_refs,
     unflatten_tree,
 )
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, clean_fqn
 from distckpt.errors import IncompatibleState
+from distckpt.format.layout import Layout, Mesh
 
 Saved = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -77,6 +82,7 @@ class TorchEngine:
         tensors = self.model.state_dict()  # first: under FSDP2 it reshards what forward left unsharded
         live = {clean_fqn(n): t for n, t in _named_tensors(self.model)}
         first: dict[int, str] = {}
+        synced = _synced_buffers(self.model)
         self._copies = {}
         for key, value in tensors.items():
             name = MODEL + clean_fqn(key)
@@ -91,7 +97,10 @@ class TorchEngine:
                 self._copies[name] = (key, value)  # a state_dict hook made it: loading must go through load_state_dict
             elif source is not None:
                 first[id(source)] = name
-            state.add_tensor(name, value)
+            leaf = tensor_leaf(name, value)
+            if id(source) in synced:
+                leaf = replace(leaf, layout=Layout(Mesh.flat((synced[id(source)],)), ("R",)))
+            state.add_leaf(leaf)
 
     def _params(self) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], list[str]]]:
         """Yield (optimizer, param group, FQNs of its params)."""
@@ -229,6 +238,24 @@ def _room_for(
     on_device = shape or group.get("capturable") or group.get("fused") or key != "step"
     device = parameter.device if on_device else torch.device("cpu")
     return torch.zeros(shape, dtype=torch_dtype(dtype), device=device)
+
+
+def _synced_buffers(model: nn.Module) -> dict[int, int]:
+    """Return id to rank, for the buffers that DDP overwrites with that rank's values before each forward pass.
+
+    In between (batch norm statistics after a forward pass) ranks differ, and only that rank's values will ever count:
+    only they are saved. A DDP group that is not the whole world is left out, its buffers must be equal.
+    """
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if not isinstance(module, DistributedDataParallel) or not module.broadcast_buffers:
+            continue
+        if dist.get_world_size(module.process_group) == dist.get_world_size():
+            root = dist.get_global_rank(module.process_group, 0)
+            for name, buffer in module.module.named_buffers():
+                if name not in module.parameters_to_ignore:
+                    found[id(buffer)] = root
+    return found
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -83,7 +83,9 @@ def spec_header(folder: Path, manifest: dict[str, Any], index: int) -> tuple[Pat
     return path, start, entries, ours
 
 
-def spec_lists(shape: list[int], mesh: list[int], placements: list[str], coordinate: tuple[int, ...]) -> list[list[int]]:
+def spec_lists(
+    shape: list[int], mesh: list[int], placements: list[str], coordinate: tuple[int, ...]
+) -> list[list[int]]:
     """Return the indices that a rank held in each dimension (section 6)."""
 
     def chunk(items: list[int], parts: int, index: int) -> list[int]:
@@ -165,7 +167,9 @@ def spec_value(plain: Any) -> Any:
         "$dict": lambda: {spec_value(key): spec_value(item) for key, item in payload},
         "$str": lambda: base64.b64decode(payload).decode("utf-8", "surrogatepass"),
         "$range": lambda: range(*map(spec_value, payload)),
-        "$ndarray": lambda: np.frombuffer(base64.b64decode(payload["data"]), payload["dtype"]).reshape(payload["shape"]),
+        "$ndarray": lambda: np.frombuffer(base64.b64decode(payload["data"]), payload["dtype"]).reshape(
+            payload["shape"]
+        ),
         "$numpy": lambda: np.frombuffer(base64.b64decode(payload[1]), payload[0])[0],
     }[tag]()
 
@@ -232,9 +236,7 @@ LAYOUTS = {
     "hsdp": Layout(Mesh((2, 2), (3, 1, 0, 2)), ("R", "S(0)")),
     "2d": Layout(Mesh((2, 2), (0, 1, 2, 3)), ("S(0)", "S(1)")),
     "both.same": Layout(Mesh((2, 2), (0, 2, 1, 3)), ("S(1)", "S(1)")),
-    "explicit": Layout(
-        Mesh.flat([1, 3]), ("E",), ((Box((0, 0), (2, 5)), Box((6, 0), (1, 5))), (Box((2, 0), (4, 5)),))
-    ),
+    "explicit": Layout(Mesh.flat([1, 3]), ("E",), ((Box((0, 0), (2, 5)), Box((6, 0), (1, 5))), (Box((2, 0), (4, 5)),))),
     "zero": Layout(Mesh((2, 2), (0, 1, 2, 3)), ("R", "F(11,23)")),
     "zero.alone": Layout(Mesh.flat([3, 1, 2]), ("F(100,48)",)),
     "strided#1": Layout(Mesh.flat([0, 1, 2, 3]), ("S(0)",)),
@@ -295,7 +297,7 @@ def test_the_reader_follows_the_same_lineage(tmp_path: Path, lost: int | None) -
     store = open_store(tmp_path)
     for resumed_from in (None, (1, 100), (2, 150), (1, 100)):
         create_generation(store, resumed_from=resumed_from)
-    for generation, step in ((1, 100), (1, 200), (2, 150), (2, 250), (3, 250), (1, 300), (3, 400), (4, 120)):
+    for generation, step in ((1, 100), (1, 200), (2, 150), (2, 250), (3, 120), (3, 250), (1, 300), (3, 400), (4, 120)):
         builders.build_checkpoint(store, step, generation=generation, tensors={})
     if lost is not None:
         (tmp_path / names.generation_file(lost)).unlink()

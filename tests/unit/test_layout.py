@@ -259,7 +259,14 @@ def test_a_mesh_needs_as_many_ranks_as_places() -> None:
 
 @pytest.mark.parametrize(
     ("written", "kind", "dim", "factor"),
-    [("R", "R", 0, 1), ("E", "E", 0, 1), ("S(0)", "S", 0, 1), ("S(12)", "S", 12, 1), ("SS(1,4)", "SS", 1, 4), ("F(0,1)", "F", 0, 1)],
+    [
+        ("R", "R", 0, 1),
+        ("E", "E", 0, 1),
+        ("S(0)", "S", 0, 1),
+        ("S(12)", "S", 12, 1),
+        ("SS(1,4)", "SS", 1, 4),
+        ("F(0,1)", "F", 0, 1),
+    ],
 )
 def test_placements_are_parsed(written: str, kind: str, dim: int, factor: int) -> None:
     found = parse_placement(written)

@@ -54,7 +54,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_killed_and_started_again_it_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BLOCKS[0].count(AFTER_STEP) == 1
-    # The save in flight at step 27's death is waited for, as a process that dies could not: so die between two.
+    # Leaving the context waits for a save in flight; kills that do not wait are in tests/faults.
     dying = BLOCKS[0].replace(AFTER_STEP, f"            if step == 27:\n                raise Killed\n{AFTER_STEP}")
     whole = run(BLOCKS[0], tmp_path / "whole", monkeypatch)
     with pytest.raises(Killed):
@@ -89,7 +89,9 @@ def test_the_table_of_commands_is_complete() -> None:
 
 def test_the_table_of_layers_is_complete() -> None:
     named = {layer for row in rows("Layers") for layer in re.findall(r"`(\w+)`", row)}
-    present = {path.stem for path in (TOP / "distckpt").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    present = {
+        path.stem for path in (TOP / "distckpt").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert named == present - {"__init__"}
 
 
