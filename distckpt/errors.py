@@ -37,6 +37,10 @@ class UnserializableState(DistckptError):
     """A value cannot be stored without pickle; the message names its key path and type."""
 
 
+class ForbiddenPickle(DistckptError):
+    """A pickled file names something that importing does not allow; the message says what, and nothing of it was run."""
+
+
 class ReplicasDiffer(DistckptError):
     """State that is declared replicated is not the same on every rank."""
 
@@ -50,7 +54,7 @@ class StaleGeneration(SaveFailed):
 
 
 class CommitInDoubt(SaveFailed):
-    """Storage could not be asked whether the commit took place; the next start resolves it."""
+    """Whether the commit took place could not be found out in time; the next start resolves it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import typer
 
 from distckpt import __version__
 
-COMMANDS = {name: f"distckpt.cli.{name}" for name in ("ls", "show", "verify", "gc", "doctor", "pin")}
+COMMANDS = {name: f"distckpt.cli.{name}" for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert")}
 COMMANDS["unpin"] = "distckpt.cli.pin"
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
+RECONNECT_S = 4.0  # for a store whose connection broke: a TCPStore that died never comes back
 PART = 4 << 20  # bytes a stored value may have: TCPStore closes the connection above 8 MiB
 
 
@@ -55,6 +56,7 @@ class Channel:
         self._store = store
         self._threaded = threaded
         self._jobs: queue.SimpleQueue[_Job[Any] | None] | None = None
+        self._broken = False
 
     def call(self, what: str, op: Callable[[Store], T], limit_s: float) -> T:
         """Return ``op(store)``; ``what`` says it in words.
@@ -64,12 +66,15 @@ class Channel:
         """
         job = _Job(op)
         if self._threaded:
-            self._submit(job, what, limit_s)
+            # torch tries to connect for as long as the store's own timeout, which may be half an hour.
+            self._submit(job, what, min(limit_s, RECONNECT_S) if self._broken else limit_s)
         else:
             job.run(self._store)
         if job.error is None:
+            self._broken = False
             return job.result
         self._abandon()
+        self._broken = isinstance(job.error, dist.DistNetworkError)
         if isinstance(job.error, (RuntimeError, OSError)):  # torch's DistError is a RuntimeError
             text = str(job.error).strip().split("\n")[0]
             raise StoreLost(f"the c10d store failed to {what}: {text}") from job.error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 from distckpt import clock, failpoints
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.fingerprint import combined, fingerprint
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
 from distckpt.dcp.planner import (
     Plan,
@@ -271,28 +272,6 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
     )
 
 
-def fingerprint(pieces: Sequence[Piece], found: Sequence[Sequence[str]], names: Collection[str]) -> str:
-    """Return 32 hex digits that stand for the values of the named tensors' pieces; empty where there are none.
-
-    The sum modulo 2**128 of the xxh3-128 of each piece's [fqn, offsets, sizes, block digests] as JSON, so that the sum
-    over ranks does not depend on who wrote which piece.
-    """
-    total, count = 0, 0
-    for piece, blocks in zip(pieces, found, strict=True):
-        if piece.fqn in names and piece.box.numel:
-            text = msgspec.json.encode([piece.fqn, piece.box.offsets, piece.box.sizes, blocks])
-            total, count = total + int(digests.digest(text), 16), count + 1
-    return f"{total % 2**128:032x}" if count else ""
-
-
-def _provenance(request: SaveRequest, receipts: list[_Receipt]) -> Any:
-    """Return the request's provenance with the fingerprint of all ranks' trained weights, where there are any."""
-    parts = [int(r.weights, 16) for r in receipts if r.weights]
-    if not parts or not isinstance(request.provenance, Mapping):
-        return request.provenance
-    return {**request.provenance, "weights": f"{sum(parts) % 2**128:032x}"}
-
-
 def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
     """Check all receipts against the plan and put the manifest together (leader only)."""
     wrong = [rank for rank, (r, want) in enumerate(zip(receipts, agreed.expected, strict=True)) if r.pieces != want]
@@ -303,6 +282,9 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
     if any(r.replicas is not None for r in receipts):
         check_replicas(agreed.held, [r.replicas or {} for r in receipts])
     meshes, tensors = manifest_tensors(agreed.written)
+    provenance, weights = request.provenance, combined(r.weights for r in receipts)
+    if weights and isinstance(provenance, Mapping):
+        provenance = {**provenance, "weights": weights}
     world = len(receipts)
     return Manifest(
         step=request.step,
@@ -320,7 +302,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
         per_rank=sorted(n for n, k in agreed.written.objects.items() if k in (PER_RANK, DROP_ON_RESIZE)),
         metrics={k: typed_json.encode(v) for k, v in request.metrics.items()},
         config=typed_json.encode(request.config, where="$.model_config"),
-        provenance=typed_json.encode(_provenance(request, receipts), where="$.provenance"),
+        provenance=typed_json.encode(provenance, where="$.provenance"),
         software=dict(request.software),
         shards=[
             ShardEntry(path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size, header=r.header)
@@ -373,6 +355,9 @@ def _resolve(store: Store, request: SaveRequest, error: AgreementError) -> str:
     if error.in_doubt:
         try:
             committed = is_committed(store, request.step, request.generation, request.save_id)
+            if committed:  # whoever linked the manifest may have died before its folders were synced
+                store.sync_folder(folder)
+                store.sync_folder("")
         except OSError as unreadable:
             raise CommitInDoubt(
                 f"step {request.step}: no verdict ({error}), and storage cannot be asked ({unreadable}); the next start finds out"
@@ -380,6 +365,8 @@ def _resolve(store: Store, request: SaveRequest, error: AgreementError) -> str:
         if committed:
             log.warning("step %d: no verdict from rank 0, but storage holds the commit: %s", request.step, error)
             return f"{folder}/{names.manifest_name(request.generation)}"
+        if error.missing:  # rank 0 fell silent while it decided; should it only be slow, its commit may still appear
+            raise CommitInDoubt(f"step {request.step}: not committed up to now: {error}") from error
     raise save_error(request.step, error) from error
 
 

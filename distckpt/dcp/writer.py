@@ -14,7 +14,7 @@ from typing import Any
 
 from distckpt import failpoints
 from distckpt.dcp.buffers import POOL, REQUEST, copy_bytes
-from distckpt.errors import SaveFailed
+from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
 from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
 from distckpt.storage.base import Store, Writer
@@ -81,7 +81,7 @@ def write_shard(
     """Write a shard durably and return its receipt; the name must be new.
 
     A ``Staged`` source is written from its image without another copy. ``stopped`` is asked before every request: a
-    text means that a peer has failed, and ends the writing with ``SaveFailed``. Storage errors come out as they are
+    text means that a peer has failed, and ends the writing with ``AgreementError``. Storage errors come out as they are
     (``OSError``); the file is then removed where possible.
     """
     plan = plan_shard(list(pieces), rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects))
@@ -144,7 +144,7 @@ class _Job:
         """Write one request: from the image, from the tensor itself, or from a buffer filled here."""
         reason = self._stopped()
         if reason is not None:
-            raise SaveFailed(f"writing stopped because another rank failed: {reason}")
+            raise AgreementError(f"writing stopped because another rank failed: {reason}")
         offset = self._plan.data_start + request.offset
         if self._image is not None:
             self._writer.write_at(offset, self._image[request.offset : request.offset + request.size])

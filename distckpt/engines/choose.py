@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distckpt.engines.base import Engine
+from distckpt.engines.deepspeed_guard import is_deepspeed
 from distckpt.engines.fsdp1 import FSDP1Engine, has_fsdp1
 from distckpt.engines.torch import TorchEngine
 from distckpt.errors import ConfigError
@@ -23,11 +24,17 @@ def engine_for(model: Any, optimizer: Any, engine: Any = None) -> Engine:
     if engine is not None:
         if model is not None or optimizer is not None:
             raise ConfigError("give either engine=, which holds its model and optimizer, or model= and optimizer=")
+        if is_deepspeed(engine):
+            from distckpt.engines.deepspeed import deepspeed_engine
+
+            return deepspeed_engine(engine)
         if isinstance(engine, Engine):
             return engine
         raise ConfigError(
             f"engine={type(engine).__name__} is not an engine that distckpt knows; pass model= and optimizer="
         )
+    if is_deepspeed(model):
+        raise ConfigError("model= is a DeepSpeed engine: pass engine=, which brings its optimizer and scheduler along")
     module = _one_module(model)
     optimizers = tuple(_each(optimizer))
     for single in optimizers:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
 from distckpt.dcp.leaves import GROUPS, State
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, clean_fqn
@@ -55,14 +55,20 @@ class FSDP1Engine:
             else:
                 state.add_object(name, value)
         self._alias_tied(state)
-        if optimizer and self.optimizers and any(o.state for o in self.optimizers):
+        self._optim_state = {}
+        if optimizer and any(o.state for o in self.optimizers):
             self._add_optimizers(state)
+        elif optimizer and self.optimizers and (groups := self._groups()) is not None:
+            state.add_object(OPTIM_GROUPS, [{**g, "params": fqns} for g, fqns in groups], GROUPS)
         return state
 
     def prepare(self, saved: Saved, *, optimizer: bool) -> State:
         """See ``Engine.prepare``: torch makes room by a step with zero gradients and learning rate."""
         if optimizer and any(name.startswith(OPTIM_STATE) for name in saved):
             get_optimizer_state_dict(self.model, self.optimizers)
+        elif optimizer:  # saved before its first step: go back to that
+            for single in self.optimizers:
+                single.state.clear()
         return self.state(optimizer=optimizer)
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
@@ -75,6 +81,20 @@ class FSDP1Engine:
                 for group in self._optim_state["param_groups"]:
                     group.update(group_settings(objects[OPTIM_GROUPS], group["params"]))
             set_optimizer_state_dict(self.model, self.optimizers, self._optim_state)
+        elif optimizer and OPTIM_GROUPS in objects:
+            for group, fqns in self._groups() or ():
+                group.update(group_settings(objects[OPTIM_GROUPS], fqns))
+
+    def _groups(self) -> list[tuple[dict[str, Any], list[str]]] | None:
+        """Return (param group, FQNs) of optimizers without state; None where flat parameters hide the names.
+
+        torch's own call would take a step to make state first, which a save must not do.
+        """
+        fqns = {id(parameter): clean_fqn(name) for name, parameter in self.model.named_parameters()}
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if any(id(p) not in fqns or isinstance(p, FlatParameter) for group in groups for p in group["params"]):
+            return None
+        return [(group, [fqns[id(p)] for p in group["params"]]) for group in groups]
 
     def trained(self) -> frozenset[str]:
         """See ``Engine.trained``."""

@@ -86,6 +86,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     format: str = FORMAT
 
 
+# msgspec 0.22 looks into a type at its first use, and crashes (SIGSEGV) when two threads do so at once.
+msgspec.json.Decoder(Manifest)
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the file's bytes, having checked them as a reader would: what can't be read is never written.
 

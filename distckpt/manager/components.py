@@ -98,11 +98,12 @@ class Components:
 
     def load(self, name: str, tree: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand a part its saved state, with tensors put back in their places."""
-        absent = [ref for ref in tree_refs(tree) if ref not in tensors]
+        found = {**tensors, **self._live}
+        absent = [ref for ref in tree_refs(tree) if ref not in found]
         if absent:
             raise IncompatibleState(f"stateful {name!r}: tensors {absent[:5]} of its saved state were not loaded")
         try:
-            self.parts[name].load_state_dict(unflatten_tree(tree, {**tensors, **self._live}))
+            self.parts[name].load_state_dict(unflatten_tree(tree, found))
         except DistckptError:
             raise
         except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distckpt.manager.restore import LoadReport
+    from distckpt.manager.report import LoadReport
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ or that are strictly of our own making are deleted, one by one; whatever another
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,8 @@ def collect(
         _remove(sweep, removal, known, current_generation)
     _remove_orphans(sweep, plan.orphans, known)
     if not dry_run:
+        if snapshot.foreign is None and snapshot.highest <= current_generation:
+            _sweep_temporaries(sweep, grace_s)
         _remove_empty_steps(sweep, known)
     reasons = {**plan.reasons, **sweep.reasons}
     return GcReport(tuple(sweep.removed), tuple(sweep.orphans), tuple(sorted(reasons)), reasons, sweep.freed, dry_run)
@@ -224,6 +227,20 @@ def _remove_orphans(sweep: _Sweep, orphans: Sequence[Orphan], known: dict[Commit
         if all(deleted):
             sweep.orphans.append(orphan.folder)
         sweep.remove_folders((orphan.folder,))
+
+
+def _sweep_temporaries(sweep: _Sweep, grace_s: float) -> None:
+    """Remove the half made small files of killed processes, which no listing shows; only stores with folders have them."""
+    remove = getattr(sweep.store, "sweep_temporaries", None)
+    if remove is None:
+        return
+    try:
+        folders = [f for f in sweep.store.list_folders("") if names.parse_step_folder(f) is not None]
+        for folder in ("", "generations", "metrics", *folders):
+            with contextlib.suppress(NotFound):
+                remove(folder, grace_s)
+    except StoreError as error:
+        logger.warning("gc: temporary files could not be removed: %s", error)
 
 
 def _remove_empty_steps(sweep: _Sweep, known: Mapping[Committed, Manifest | str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distckpt import clock
+from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.full import GatheredSource, gather_tensors
@@ -44,9 +45,10 @@ from distckpt.format import names
 from distckpt.format.dtypes import itemsize
 from distckpt.format.lineage import Committed, create_generation, ensure_root, heartbeat
 from distckpt.manager.components import Components
+from distckpt.manager.history import MetricsHistory
 from distckpt.manager.loading import Loader
 from distckpt.manager.preempt import Preempted
-from distckpt.manager.restore import LoadOptions, LoadReport
+from distckpt.manager.report import LoadOptions, LoadReport
 from distckpt.manager.root import RunRoot, plain_metrics
 from distckpt.manager.saver import BackgroundSaver
 from distckpt.manager.schedule import Schedule
@@ -103,11 +105,10 @@ class CheckpointManager:
         self._saver, self._arena = BackgroundSaver(), StagingArena()
         self._submitted = False
         self._fresh = config.start_fresh
-        self._timeout_s = config.timeout_s
+        self._budget: Deadline | None = None  # of the save before leaving, after a preemption notice
         self._plan: AgreedPlan | None = None
         self._saves = 0
-        self._pending: list[dict[str, Any]] = []
-        self._history: list[dict[str, Any]] = []
+        self.history = MetricsHistory()
         self._last_path: str | None = None
         self._weights: tuple[int, str] | None = None
 
@@ -128,16 +129,22 @@ class CheckpointManager:
         saves, waits for the commit, and raises ``Preempted``, which ends the process with exit code 85.
         """
         values = plain_metrics(metrics)
-        self._record(step, values, epoch)
+        self.history.record(step, values, epoch)
         reason = self.schedule.decide(step, epoch, values)
         if reason is None:
             return None
         preempted = self.schedule.preempted
         log.info("step %d: saving (%s)", step, reason)
-        path = self._save(epoch, step, values, model_config, extra_state, urgent=preempted)
-        if preempted:
-            raise Preempted(reason, step=step, path=path)
-        return path
+        if not preempted:
+            return self._save(epoch, step, values, model_config, extra_state)
+        try:
+            path = self._save(epoch, step, values, model_config, extra_state, urgent=True)
+        except StaleGeneration:
+            raise
+        except (SaveFailed, AgreementError) as error:  # the time is over: leave all the same, older checkpoints are there
+            log.error("preempted, and step %d could not be saved: %s", step, error)
+            path = None
+        raise Preempted(reason, step=step, path=path)
 
     def save(
         self,
@@ -157,13 +164,20 @@ class CheckpointManager:
         if step is None:
             raise ConfigError("save() needs step=: the number of optimizer steps taken so far")
         values = plain_metrics(metrics)
-        self._record(step, values, epoch)
+        self.history.record(step, values, epoch)
         return self._save(epoch, step, values, model_config, extra_state)
 
     def wait(self) -> None:
         """Return when no save is in flight; a failed background save raises here if too many failed in a row."""
-        self._saver.join(self.config.timeout_s * (self.config.retries + 1) + 60)
+        self._saver.join(self._patience_s())
         self._surface()
+
+    def _patience_s(self) -> float:
+        return self.config.timeout_s * (self.config.retries + 1) + 60
+
+    def _left_s(self) -> float:
+        """Seconds that an attempt to save may take from now on."""
+        return self.config.timeout_s if self._budget is None else min(self.config.timeout_s, max(1.0, self._budget.left_s))
 
     def _save(
         self,
@@ -178,13 +192,14 @@ class CheckpointManager:
         """Save under the policies; an urgent save (the job is about to be stopped) waits, and asks no policy."""
         if not urgent and self._busy(step):
             return None
-        self.wait()
+        self._budget = Deadline.after(self.schedule.budget_s) if urgent else None
+        self._saver.join(self._patience_s() if self._budget is None else self._budget.left_s)
+        self._surface()
         self._ensure_generation()
         if self._last_path is not None and self._last_path.endswith(names.step_folder(step)):
             log.info("step %d is saved already", step)
             return self._last_path
         path = f"{self._url()}/{names.step_folder(step)}"
-        self._timeout_s = min(self.config.timeout_s, self.schedule.budget_s) if urgent else self.config.timeout_s
         try:
             if self.config.save_best_only and not urgent and not self._is_best(step, metrics):
                 return None
@@ -216,7 +231,7 @@ class CheckpointManager:
                 objects = encode_objects(state)
             first, self._plan = self._plan, None
             agreed = agree_plan(
-                self.agreement, key, table_of(state), first, step=step, timeout_s=self._timeout_s, full=full
+                self.agreement, key, table_of(state), first, step=step, timeout_s=self._left_s(), full=full
             )
             with self.agreement.guard(f"{key}/begin"):
                 replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
@@ -238,7 +253,7 @@ class CheckpointManager:
             replicas=replicas,
             trained=self.engine.trained(),
         )
-        rows, self._pending = self._pending, []
+        rows = self.history.take()
         if source is None:
             return lambda: self._write_full(agreed, request, state, rows)
         return lambda: self._write(agreed, request, source, rows, self._saving)
@@ -289,12 +304,13 @@ class CheckpointManager:
                     tried,
                     source,
                     threads=threads or self.config.threads,
-                    timeout_s=self._timeout_s,
+                    timeout_s=self._left_s(),
                     before_write=before_write,
                 )
                 break
             except SaveFailed as error:
-                if attempt == retries or isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt)):
+                final = isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt))
+                if attempt == retries or final or (self._budget is not None and self._budget.passed):
                     self._plan = None
                     raise
                 log.warning("step %d: %s; trying again", request.step, error)
@@ -356,7 +372,7 @@ class CheckpointManager:
             self.root.write_metrics(generation, self._saves, rows)
         except OSError as error:
             log.warning("metrics are not stored yet: %s", error)
-            self._pending[:0] = rows
+            self.history.put_back(rows)
 
     def _compare_weights(self, committed: Committed) -> None:
         """Warn if every trained weight is what it was at the last save (or in what was resumed): is anything training?"""
@@ -439,8 +455,8 @@ class CheckpointManager:
             path = f"{names.step_folder(report.step)}/{names.manifest_name(report.generation)}"
             self._weights = self.root.weights(Committed(report.step, report.generation, path))
         self.resumed_from = (report.generation, report.step)
-        self._history = self.root.read_metrics(self.resumed_from)
-        self.schedule.resumed(report.step, self._history)
+        self.history.continue_from(self.root.read_metrics(self.resumed_from))
+        self.schedule.resumed(report.step, self.history.rows)
 
     def _options(self, options: Mapping[str, Any]) -> LoadOptions:
         return LoadOptions(**{"strict": self.config.strict, **options})
@@ -460,16 +476,12 @@ class CheckpointManager:
     @property
     def metrics_history(self) -> dict[str, list[Any]]:
         """Every metric's values in order of steps, those from before a resume included."""
-        out: dict[str, list[Any]] = {}
-        for row in self._history:
-            for name, value in row["metrics"].items():
-                out.setdefault(name, []).append(value)
-        return out
+        return self.history.by_metric()
 
     @property
     def metrics_rows(self) -> list[dict[str, Any]]:
         """The same as rows: ``step``, ``epoch``, ``time``, ``metrics``."""
-        return list(self._history)
+        return list(self.history.rows)
 
     def pin(self, step: int, *, pinned: bool = True) -> None:
         """Exempt a checkpoint from removal by policy (rank 0 does it)."""
@@ -505,19 +517,10 @@ class CheckpointManager:
 
     def _flush_metrics(self) -> None:
         """Write what no save has written yet."""
-        if self.agreement.is_leader and self.generation is not None and self._pending:
+        rows = self.history.take()
+        if self.agreement.is_leader and self.generation is not None and rows:
             self._saves += 1
-            self._log_metrics(self.generation, list(self._pending))
-        self._pending = []
-
-    def _record(self, step: int, metrics: dict[str, Any], epoch: float | None) -> None:
-        if not metrics or (
-            self._history and self._history[-1]["step"] == step and self._history[-1]["metrics"] == metrics
-        ):
-            return
-        row = {"step": step, "epoch": epoch, "time": clock.now(), "metrics": metrics}
-        self._history.append(row)
-        self._pending.append(row)
+            self._log_metrics(self.generation, rows)
 
     def _key(self, what: str) -> str:
         """Return a fresh agreement key: ranks call in the same order, so their counters agree."""

@@ -6,9 +6,8 @@ none does. What was loaded, missing, unexpected and re-derived is always reporte
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -22,72 +21,12 @@ from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, 
 from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
-from distckpt.errors import ConfigError, CorruptCheckpoint, DistckptError, IncompatibleState
+from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
+from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What to load, and how sure to be. Patterns are shell-style, on names like ``model.layers.*`` or ``scheduler``."""
-
-    load_optimizer: bool = True
-    load_rng_state: bool = True
-    strict: bool = True
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    prove: bool = False
-    cast: str = "exact"
-    """Tensors stored in another dtype: ``exact`` converts where no bit is lost (bfloat16 to float32) and reports it,
-    ``any`` also rounds, ``never`` raises."""
-
-    def __post_init__(self) -> None:
-        if self.cast not in ("exact", "any", "never"):
-            raise ConfigError(f"cast={self.cast!r}: want 'exact', 'any' or 'never'")
-
-    def wants(self, name: str) -> bool:
-        """Whether patterns and switches let this name through."""
-        if not self.load_optimizer and name.split(".")[0] in ("optim", "scheduler", "scaler"):
-            return False
-        if not self.load_rng_state and name == RNG:
-            return False
-        return any(fnmatch.fnmatchcase(name, p) for p in self.include) and not any(
-            fnmatch.fnmatchcase(name, p) for p in self.exclude
-        )
-
-
-@dataclass(slots=True)
-class LoadReport:
-    """What a load did. Names are FQNs; ``rederived`` and ``fallbacks`` are sentences."""
-
-    path: str
-    step: int
-    generation: int
-    epoch: int | float | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    model_config: Any = None
-    extra_state: Any = None
-    saved_world_size: int = 0
-    world_size: int = 0
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """Live, but not in the checkpoint (or left out by a pattern's strictness)."""
-    unexpected: list[str] = field(default_factory=list)
-    """In the checkpoint, but not live."""
-    skipped: list[str] = field(default_factory=list)
-    """Left out because a pattern or switch says so."""
-    cast: list[str] = field(default_factory=list)
-    """Names whose dtype here is not the stored one."""
-    rederived: list[str] = field(default_factory=list)
-    fallbacks: list[str] = field(default_factory=list)
-    """Newer checkpoints that could not be loaded, and why."""
-    proved: int | None = None
-    """Tensors compared with storage bit for bit, with ``prove=True``."""
-    read_bytes: int = 0
-    wanted_bytes: int = 0
-    headers_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +57,9 @@ class _Matched:
 def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     """Load one checkpoint on all ranks; returns this rank's report.
 
-    Two rounds: after matching names (a saved name is unexpected only if no rank has it) and after reading. Raises the
-    same kind of error on every rank: ``CorruptCheckpoint`` (the caller may fall back to an older checkpoint; live
-    tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
+    Three rounds: after matching names (a saved name is unexpected only if no rank has it), after reading, and after
+    handing everything over. Raises the same kind of error on every rank: ``CorruptCheckpoint`` (the caller may fall back
+    to an older checkpoint; live tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
     """
     matched: list[_Matched] = []
 
@@ -131,10 +70,16 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     unexpected = set(_together(agreement, f"{key}/names", load, match))
 
     def read() -> list[str]:
-        _read_here(agreement.rank, load, matched[0], unexpected)
+        _read_here(load, matched[0], unexpected)
+        return []
+
+    def place() -> list[str]:
+        _place_here(agreement.rank, load, matched[0])
         return matched[0].report.rederived
 
-    matched[0].report.rederived = _together(agreement, f"{key}/read", load, read, combine=_all_said)
+    _together(agreement, f"{key}/read", load, read)
+    # A round of its own: engines may call collectives while they take over, so no rank may have failed before.
+    matched[0].report.rederived = _together(agreement, f"{key}/place", load, place, combine=_all_said)
     return matched[0].report
 
 
@@ -184,9 +129,9 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     reader, options, manifest = load.reader, load.options, load.reader.manifest
     saved = {fqn: (entry.dtype, tuple(entry.shape)) for fqn, entry in manifest.tensors.items()}
     saved |= {alias: saved[target] for alias, target in manifest.aliases.items()}
-    optimizer = options.load_optimizer and any(
-        n.startswith("optim.") and options.wants(n) for n in (*saved, *manifest.objects)
-    )
+    in_optimizer = [n for n in (*saved, *manifest.objects) if n.startswith("optim.")]
+    optimizer = any(map(options.wants, in_optimizer))
+    without = options.wants(OPTIM_GROUPS) and not in_optimizer and OPTIM_GROUPS in load.engine.state(optimizer=True).objects
     state = load.engine.prepare(saved, optimizer=optimizer)
     load.components.add_targets(state, {n: entry for n, entry in saved.items() if options.wants(n)})
     report = LoadReport(
@@ -204,16 +149,22 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
         objects[OPTIM_GROUPS] = _with_tied(objects[OPTIM_GROUPS], manifest.aliases)
     extras = _saved_part_tensors(objects, load.components, state, saved)
     _match(report, state, reader, load.components, options, set(extras))
+    if without:
+        report.missing = sorted([*report.missing, OPTIM_GROUPS])  # the live optimizer stays as it is, not in silence
     live = [leaf for leaf in state.tensors.values() if leaf.fqn in report.loaded]
     problems = [problem for leaf in live if (problem := _misfit(leaf, reader, options, report))]
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-def _read_here(rank: int, load: Restore, matched: _Matched, unexpected: set[str]) -> None:
+def _read_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
     report, state, reader, options = matched.report, matched.state, load.reader, load.options
     report.unexpected = sorted(unexpected)
     _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
     reader.read(_wants(state, matched.extras, report), threads=load.config.threads, progress=load.progress)
+
+
+def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
+    report, state, reader, options = matched.report, matched.state, load.reader, load.options
     tensors = {leaf.fqn: leaf.parts[0][1] for leaf in state.tensors.values() if leaf.parts} | matched.extras
     load.engine.finish(set(report.loaded), matched.objects, optimizer=matched.optimizer)
     _load_parts(report, reader, load.components, matched.objects, tensors, rank, options)
@@ -356,6 +307,8 @@ def _load_parts(
                 report.rederived += _unused(name, manifest.world_size, report.world_size)
             else:
                 report.rederived.append(f"{name}: rank {rank} is new and keeps its own")
+        elif name.startswith(ENGINE) and options.wants(name) and hasattr(components.parts[name], "derive"):
+            report.rederived += components.parts[name].derive(manifest.step)  # another engine saved this checkpoint
     if EXTRA in objects:
         report.extra_state = unflatten_tree(objects[EXTRA], tensors)
     elif EXTRA in own:

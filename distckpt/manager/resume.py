@@ -9,7 +9,7 @@ from typing import Any
 from distckpt.config import CheckpointConfig
 from distckpt.errors import CheckpointNotFound
 from distckpt.manager.manager import CheckpointManager
-from distckpt.manager.restore import LoadReport
+from distckpt.manager.report import LoadReport
 
 
 def resume_training(

@@ -53,6 +53,7 @@ class Schedule:
         self._last_time = clock.monotonic()
         self._next_poll = 0.0
         self._rounds = 0
+        self._deadline: clock.Deadline | None = None
 
     def decide(self, step: int, epoch: float | None, metrics: Mapping[str, Any]) -> str | None:
         """Return why to save at this step, the same on all ranks, or None. Call it once a step on every rank."""
@@ -93,9 +94,8 @@ class Schedule:
 
     @property
     def budget_s(self) -> float:
-        """Seconds left of the preemption budget, counted from the signal on this rank, or from now."""
-        deadline = self.watch.deadline(self.config.preemption_budget_s) if self.watch is not None else None
-        return self.config.preemption_budget_s if deadline is None else max(1.0, deadline.left_s)
+        """Seconds left of the preemption budget, the same on all ranks: counted from the earliest rank's signal."""
+        return self.config.preemption_budget_s if self._deadline is None else max(1.0, self._deadline.left_s)
 
     def resumed(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Take over what the earlier jobs of this lineage saw and saved."""
@@ -110,10 +110,13 @@ class Schedule:
 
     def _ask(self, step: int, epoch: float | None, metrics: Mapping[str, Any]) -> str | None:
         self._rounds += 1
-        signal = self.watch.requested if self.watch is not None else None
+        notice = b""
+        if self.watch is not None and self.watch.requested is not None:
+            budget = self.watch.deadline(self.config.preemption_budget_s)
+            notice = msgspec.json.encode([self.watch.requested, budget.left_s if budget is not None else 0.0])
 
         def decide(payloads: list[bytes]) -> bytes:
-            signals = {rank: p.decode() for rank, p in enumerate(payloads) if p}
+            signals = {rank: msgspec.json.decode(p) for rank, p in enumerate(payloads) if p}
             moment = Moment(
                 step=step,
                 epoch=epoch,
@@ -128,12 +131,12 @@ class Schedule:
             reason = self.policy(moment)
             if signals:
                 first = min(signals)
-                reason = f"preempted: {signals[first]} on rank {first}"
-            return msgspec.json.encode([reason, bool(signals)])
+                reason = f"preempted: {signals[first][0]} on rank {first}"
+            return msgspec.json.encode([reason, min((left for _, left in signals.values()), default=None)])
 
-        verdict = self.agreement.round(f"step/{self._rounds}", (signal or "").encode(), decide)
-        reason, preempted = msgspec.json.decode(verdict)
-        self.preempted = preempted
+        reason, left_s = msgspec.json.decode(self.agreement.round(f"step/{self._rounds}", notice, decide))
+        self.preempted = left_s is not None
+        self._deadline = None if left_s is None else clock.Deadline.after(left_s)
         return reason  # type: ignore[no-any-return]
 
     def _requested(self) -> bool:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Job:
     timeout_s: float = 2.0
     endless: int = 0
     trace: bool = False
+    cut: Callable[[], None] = lambda: None
 
 
 class Oracle:
@@ -64,11 +66,20 @@ class Oracle:
 
 
 class Watched(list[str]):
-    """A record of failpoint hits that the oracle hears of; at one of them it kills all ranks at once."""
+    """A record of failpoint hits that the oracle hears of; at one of them it kills all ranks at once.
 
-    def __init__(self, oracle: Oracle, point: tuple[str, int] | None = None, pids: tuple[int, ...] = ()) -> None:
+    ``cut``: cut the power of the file system there first (see ``test_power_cut``).
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        point: tuple[str, int] | None = None,
+        pids: tuple[int, ...] = (),
+        cut: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self.oracle, self.point, self.pids, self.count = oracle, point, pids, 0
+        self.oracle, self.point, self.pids, self.cut, self.count = oracle, point, pids, cut, 0
 
     def append(self, hit: str) -> None:
         self.oracle.tell("hit", at=hit)
@@ -76,6 +87,7 @@ class Watched(list[str]):
             return
         self.count += 1
         if self.count == self.point[1]:
+            self.cut()
             for pid in sorted(self.pids, key=lambda pid: pid == os.getpid()):
                 os.kill(pid, signal.SIGKILL)
 
@@ -133,7 +145,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 def run(rank: int, job: Job) -> None:
     """One rank of one job. Raises what the manager raises; the oracle knows the rest."""
     logging.getLogger("distckpt").setLevel(logging.CRITICAL)
-    writer.SEGMENT = 1  # every tensor is a request of its own: more places to die at
+    writer.REQUEST = 4096  # small state in several requests: more places to die at
     oracle = Oracle(job.oracle, rank)
     training = Training(rank, dist.get_world_size(), job.number)
     config = CheckpointConfig(
@@ -195,7 +207,7 @@ def arm(job: Job, oracle: Oracle, manager: CheckpointManager) -> None:
     pids = tuple(p.pid for p in manager.agreement.peers() if p is not None)
     everyone = len(job.victims) == len(pids)
     if job.trace or everyone:
-        failpoints.record(Watched(oracle, job.point if everyone else None, pids))
+        failpoints.record(Watched(oracle, job.point if everyone else None, pids, job.cut))
     if job.point is not None and not everyone and manager.agreement.rank in job.victims:
         name, nth = job.point
         failpoints.arm(f"{name}:{nth}:{job.action}")

@@ -100,11 +100,19 @@ class Chain:
         )  # fmt: skip
         newest = newest_committed(self.root)
         killer = None if kill.point else self._killer(kill)
-        outcomes = run_ranks(self.world, run, job, check=False, timeout_s=60, store_host=kill.store_host)
+        outcomes = run_ranks(self.world, run, self.prepared(job), check=False, timeout_s=60, store_host=kill.store_host)
+        self.recover()
         if killer is not None:
             os.waitpid(killer, 0)
         self.jobs += 1
         self._judge(kill, outcomes, newest)
+
+    def prepared(self, job: Job) -> Job:
+        """Return the job as this chain runs it."""
+        return job
+
+    def recover(self) -> None:
+        """Do what happens to the storage between a death and the next start."""
 
     def finish(self) -> Result:
         """Run a last job that nobody kills, and return what the chain saw."""
@@ -147,10 +155,8 @@ class Chain:
             )
         for event in events:
             self._learn(event)
-        hits = [e["at"] for e in events if e["event"] == "hit" and (not dead or e["rank"] == min(dead))]
-        self.result.phases[
-            hits[-1].partition("@")[0] if hits else "start" if kill.point is None else kill.point[0]
-        ] += 1
+        if kill.victims:
+            self.result.phases[phase_of(kill, events, dead)] += 1
         wrong += self._resumes(events, newest)
         wrong += self._verdicts(events, outcomes, dead)
         wrong += self._contents()
@@ -196,7 +202,7 @@ class Chain:
             kinds = {e["event"] for e in verdicts}
             if len(kinds) > 1:
                 wrong.append(
-                    f"I4: ranks disagree about step {step}: {[(e['rank'], e['event'], e.get('text')) for e in verdicts]}"
+                    f"I4: ranks disagree about step {step}: {[(e['rank'], e.get('text')) for e in verdicts]}"
                 )
             if "failed" in kinds and (generation, step) in committed:
                 wrong.append(f"I4: step {step} is committed, but ranks were told that it failed: {verdicts}")
@@ -220,7 +226,8 @@ class Chain:
         """I1, I2: everything on offer is whole and bit-equal to what was held; what must be there is."""
         wrong = []
         on_disk = committed_on_disk(self.root)
-        missing = [key for key in self.acknowledged[-LIMIT:] if key not in on_disk]
+        newest = sorted({*self.acknowledged, *on_disk}, key=lambda key: (key[1], key[0]))[-LIMIT:]
+        missing = [key for key in newest if key not in on_disk]  # older ones may be retired by one not yet acknowledged
         if missing:
             wrong.append(f"I1: acknowledged (generation, step) {missing} are gone; there are {sorted(on_disk)}")
         offered = {(c.generation, c.step) for c in list_checkpoints(self.root, all=True)}
@@ -241,7 +248,7 @@ class Chain:
         return wrong
 
     def _litter(self) -> list[str]:
-        """I6: a kill leaves at most two attempts and one temporary file, gone after the next job; the user's file stays."""
+        """I6: a kill leaves at most two attempts and one temporary file, gone after the next; a user's file stays."""
         wrong = []
         now = litter_on_disk(self.root)
         stayed = sorted(now & self.litter)
@@ -255,6 +262,14 @@ class Chain:
         self.litter = now
         self.result.most_litter = max(self.result.most_litter, len(now))
         return wrong
+
+
+def phase_of(kill: Kill, events: list[dict[str, Any]], dead: set[int]) -> str:
+    """Return the last failpoint that the (first) dead rank passed; between two saves that is the last of a save."""
+    hits = [e["at"] for e in events if e["event"] == "hit" and e["rank"] in sorted(dead)[:1]]
+    if kill.point is not None:
+        return kill.point[0]
+    return hits[-1].partition("@")[0] if hits else "before the first save"
 
 
 def bits_of(state: dict[str, torch.Tensor], world: int) -> dict[tuple[int, str], str]:
@@ -360,12 +375,12 @@ def _fork_chain(
         os._exit(0)
 
 
-def enumerate_points(folder: Path, background: bool) -> dict[int, list[tuple[str, int]]]:
+def enumerate_points(folder: Path, background: bool, world: int = 2) -> dict[int, list[tuple[str, int]]]:
     """Run a job with the recorder on; return each rank's failpoints in one save: first and last hit of each name."""
     folder.mkdir()
     job = Job(folder / "root", folder / "oracle", 0, background, trace=True)
-    run_ranks(2, run, job)
-    counts: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}
+    run_ranks(world, run, job)
+    counts: dict[int, Counter[str]] = {rank: Counter() for rank in range(world)}
     for event in read_events(folder / "oracle", 0)[0]:
         if event["event"] == "hit":
             counts[event["rank"]][event["at"].partition("@")[0]] += 1

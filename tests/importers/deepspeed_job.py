@@ -1,11 +1,13 @@
 """A DeepSpeed training of a tiny model that saves native checkpoints: ``python deepspeed_job.py RANK WORLD FOLDER``.
 
-Every configuration of ``CONFIGS`` is trained for two steps and saved to ``FOLDER/<name>``; rank 0 writes what the live
-engine holds (full fp32 weights, optimizer state, buffers) to ``FOLDER/<name>.live.pt`` for comparison.
+Every configuration of ``CONFIGS`` is trained for two steps and saved to ``FOLDER/<name>``. Rank 0 writes what to compare
+with to ``FOLDER/<name>.live.pt``: what the live engine says of itself, and what DeepSpeed's own ``zero_to_fp32`` makes of
+the files. Those of ``UNIVERSAL`` are converted by DeepSpeed to ``FOLDER/<name>-universal`` too.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "z3": {"stage": 3, "stage3_param_persistence_threshold": 10, "sub_group_size": 100},
     "z1-elastic": {"stage": 1, "elastic_checkpoint": True},
 }
+UNIVERSAL = ("z1", "z3")
 CLIENT = {"note": "hello", "epoch": 3, "pair": (1, 2.5)}
 
 
@@ -80,12 +83,30 @@ def train(name: str, zero: dict[str, Any], folder: Path) -> None:
     for fqn, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             live["weights"][fqn] = safe_get_full_fp32_param(parameter).clone()
-            live["state"][fqn] = {
-                key: safe_get_full_optimizer_state(parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")
-            }
+            if zero["stage"] == 3:  # stages 1 and 2 offer it only for DeepSpeed's own optimizers
+                live["state"][fqn] = {
+                    key: safe_get_full_optimizer_state(parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")
+                }
+    torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        live["fp32"] = get_fp32_state_dict_from_zero_checkpoint(str(folder / name))
+        if name in UNIVERSAL:
+            universal(folder / name / "global_step2", folder / f"{name}-universal" / "global_step2")
         torch.save(live, folder / f"{name}.live.pt")
     torch.distributed.barrier()
+
+
+def universal(native: Path, target: Path) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    convert(
+        argparse.Namespace(
+            input_folder=str(native), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state="z1" in str(native),
+        )
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -94,10 +115,9 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     import deepspeed
-    import deepspeed.comm.torch as ds_torch
 
-    # The shared-memory operator is compiled on first use, for minutes.
-    ds_torch.build_shm_op = lambda: None
+    # The shared-memory operator is compiled on first use, for minutes. (`import deepspeed.comm.torch as x` gives torch.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     store = torch.distributed.FileStore(str(folder / "store"), world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,113 @@
+"""Raw limits of this machine, probed with the same bytes and in the same run as what is compared with them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+REQUEST = 8 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def disk_write(folder: Path, nbytes: int, *, threads: int = 8) -> float:
+    """Return bytes a second of durable direct writes: preallocated file, aligned requests, fsync of file and folder."""
+    path = folder / f"raw-{os.getpid()}"
+    flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT
+    fd = _open_direct(path, flags)
+    buffer = _random_pages(REQUEST)
+    count = max(1, nbytes // REQUEST)
+    try:
+        started = time.perf_counter()
+        os.posix_fallocate(fd, 0, count * REQUEST)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda i: os.pwrite(fd, buffer, i * REQUEST), range(count)))
+        os.fsync(fd)
+        _sync_folder(folder)
+        seconds = time.perf_counter() - started
+    finally:
+        os.close(fd)
+        path.unlink()
+    return count * REQUEST / seconds
+
+
+def disk_read(paths: list[Path], *, threads: int = 8) -> float:
+    """Return bytes a second of direct reads of these files into aligned buffers."""
+    jobs = []
+    fds = []
+    for path in paths:
+        fd = _open_direct(path, os.O_RDONLY | os.O_DIRECT)
+        fds.append(fd)
+        jobs += [(fd, at) for at in range(0, path.stat().st_size, REQUEST)]
+    buffers = [mmap.mmap(-1, REQUEST) for _ in range(threads)]
+
+    def read(job: tuple[int, int, int]) -> int:
+        index, fd, at = job
+        return os.preadv(fd, [buffers[index % threads]], at)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, [(i, *job) for i, job in enumerate(jobs)]))
+    seconds = time.perf_counter() - started
+    for fd in fds:
+        os.close(fd)
+    return total / seconds
+
+
+def memory_copy(nbytes: int) -> float:
+    """Return bytes a second of copying between two buffers that were touched before."""
+    source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    np.copyto(target, source)
+    started = time.perf_counter()
+    np.copyto(target, source)
+    return nbytes / (time.perf_counter() - started)
+
+
+def drop_caches(paths: list[Path]) -> int:
+    """Evict these files from the page cache; return how many of their pages are still resident (0: cold)."""
+    os.sync()
+    resident = 0
+    for path in paths:
+        if path.stat().st_size == 0:
+            continue
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        resident += _resident_pages(fd, path.stat().st_size)
+        os.close(fd)
+    return resident
+
+
+def _resident_pages(fd: int, size: int) -> int:
+    """Count pages in the page cache by mincore(2)."""
+    pages = -(-size // mmap.PAGESIZE)
+    with mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
+        vector = (ctypes.c_ubyte * pages)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector) != 0:
+            raise OSError(ctypes.get_errno(), "mincore")
+        count = sum(v & 1 for v in bytes(vector))
+    return count
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o644)
+    except OSError:
+        return os.open(path, flags & ~os.O_DIRECT, 0o644)  # the file system refuses: buffered + fsync is its limit
+
+
+def _random_pages(nbytes: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, nbytes)
+    pages[:] = os.urandom(1 << 20) * (nbytes >> 20)
+    return pages
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

@@ -1,0 +1,114 @@
+"""Tensors whose bytes are read on demand, and the folder or file that appears only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from distckpt.errors import ConfigError
+from distckpt.format import digest as digests
+from distckpt.format.dtypes import itemsize
+
+CHUNK: Final = 8 << 20
+"""Most bytes that are read at once."""
+
+Buffer = memoryview | bytes | bytearray
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """One tensor: ``read(start, stop)`` returns these bytes of its row-major elements; safe to call from threads."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Buffer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+    def chunks(self) -> Iterator[Buffer]:
+        """Yield the bytes in order, at most ``CHUNK`` at a time."""
+        for start in range(0, self.nbytes, CHUNK):
+            yield self.read(start, min(start + CHUNK, self.nbytes))
+
+
+@dataclass(slots=True)
+class Offer:
+    """What is there to write: tensors by full name, further names of tied ones, plain values with ``Ref`` to tensors."""
+
+    tensors: Mapping[str, Stream]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
+
+
+def fingerprint(dtype: str, shape: Sequence[int], blocks: Iterable[str]) -> str:
+    """Return one digest of a tensor, from those of its bytes in blocks of ``digest.BLOCK``."""
+    return digests.digest(f"{dtype} {list(shape)} {' '.join(blocks)}".encode())
+
+
+def stream_fingerprint(stream: Stream, progress: Progress = lambda nbytes: None) -> str:
+    """Read a whole tensor and return its fingerprint."""
+    blocks: list[str] = []
+    for chunk in stream.chunks():
+        blocks += digests.block_digests(memoryview(chunk).cast("B"), digests.BLOCK)
+        progress(len(chunk))
+    return fingerprint(stream.dtype, stream.shape, blocks)
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``target`` if the block ends well, and is removed if not.
+
+    Raises ``ConfigError`` if the target exists and is not an empty folder.
+    """
+    final = Path(target)
+    if os.path.lexists(final) and not (final.is_dir() and not final.is_symlink() and not any(final.iterdir())):
+        raise ConfigError(f"{final}: is there already; name a new folder, nothing is overwritten")
+    draft = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in draft.iterdir():
+            _sync(path)
+        _sync(draft)
+        os.rename(draft, final)  # replaces an empty folder, nothing else
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the name of a temporary file that becomes ``target`` if the block ends well, and is removed if not."""
+    final = Path(target)
+    if os.path.lexists(final):
+        raise ConfigError(f"{final}: is there already; name a new file, nothing is overwritten")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    draft = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield draft
+        _sync(draft)
+        os.link(draft, final)
+        _sync(final.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

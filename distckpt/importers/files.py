@@ -1,0 +1,128 @@
+"""Tensors that lie in files, as streams: strided views of a file's bytes, and several runs put end to end."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distckpt.boxes import Box, flat_range_to_boxes
+from distckpt.errors import CheckpointNotFound, CorruptCheckpoint
+from distckpt.export.stream import Buffer, Stream
+from distckpt.format.dtypes import itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor in a file: first byte, shape, and strides in elements."""
+
+    path: str
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie row-major and without gaps."""
+        expected = 1
+        for extent, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if extent != 1 and step != expected and self.numel:
+                return False
+            expected *= extent
+        return True
+
+    def stream(self) -> Stream:
+        """Return it as a stream; nothing is opened before the first read."""
+        return Stream(self.dtype, self.shape, self.read if self.contiguous else self._gather)
+
+    def read(self, start: int, stop: int) -> Buffer:
+        """Return bytes of a contiguous tensor. Raises ``CorruptCheckpoint`` if the file ends before."""
+        return read_bytes(self.path, self.start + start, stop - start)
+
+    def _gather(self, start: int, stop: int) -> Buffer:
+        """Return row-major bytes of a tensor with other strides, through a mapping of the file."""
+        import numpy as np
+
+        size = itemsize(self.dtype)
+        first, last = start // size, -(-stop // size)
+        reach = sum((extent - 1) * step for extent, step in zip(self.shape, self.stride, strict=True)) + 1
+        mapped = np.memmap(self.path, np.dtype(f"V{size}"), "r", self.start, (reach,))
+        steps = tuple(step * size for step in self.stride)
+        view = np.lib.stride_tricks.as_strided(mapped, self.shape, steps, writeable=False)
+        out = bytearray()
+        for box in flat_range_to_boxes(self.shape, first, last):
+            out += np.ascontiguousarray(view[_slices(box)]).tobytes()
+        return memoryview(out)[start - first * size : stop - first * size]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements [start, stop) of a flat tensor in a file."""
+
+    tensor: FileTensor
+    start: int
+    stop: int
+
+
+def joined(dtype: str, shape: tuple[int, ...], runs: Sequence[Run], where: str) -> Stream:
+    """Return the tensor whose row-major elements are these runs, one after another.
+
+    Raises ``CorruptCheckpoint`` unless they are exactly as many as the shape needs.
+    """
+    ends = list(itertools.accumulate(run.stop - run.start for run in runs))
+    if (ends[-1] if ends else 0) != math.prod(shape):
+        raise CorruptCheckpoint(
+            f"{where}: {ends[-1] if ends else 0} elements for shape {list(shape)}; a file is missing"
+        )
+    size = itemsize(dtype)
+
+    def read(start: int, stop: int) -> Buffer:
+        out = bytearray()
+        at = start
+        index = bisect.bisect_right(ends, start // size)
+        while at < stop:
+            run, begin = runs[index], (ends[index - 1] if index else 0) * size
+            end = min(stop, ends[index] * size)
+            if end > at:
+                out += run.tensor.read(run.start * size + at - begin, run.start * size + end - begin)
+                at = end
+            index += 1
+        return out
+
+    return Stream(dtype, shape, read)
+
+
+def read_bytes(path: str, start: int, count: int) -> bytearray:
+    """Return exactly ``count`` bytes of a file; ``CorruptCheckpoint`` if it is shorter."""
+    out = bytearray(count)
+    view, done = memoryview(out), 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < count:
+            got = file.readinto(view[done:])
+            if not got:
+                raise CorruptCheckpoint(f"{path}: ends at byte {start + done}, {start + count} are needed; truncated")
+            done += got
+    return out
+
+
+def regular_file(path: str | os.PathLike[str]) -> Path:
+    """Return a path that is a regular file (links are followed); ``CheckpointNotFound`` if it is not one."""
+    found = Path(path)
+    if not found.is_file():
+        raise CheckpointNotFound(f"{found}: no such file, or not a regular one")
+    return found
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in zip(box.offsets, box.ends, strict=True))
