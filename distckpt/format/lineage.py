@@ -257,6 +257,11 @@ def heartbeat(store: Store, generation: int) -> None:
     store.replace(names.generation_file(generation).removesuffix(".json") + _ALIVE, canonical(content))
 
 
+def stop_heartbeat(store: Store, generation: int) -> None:
+    """Say that the job of this generation is over. Raises ``StoreError``."""
+    store.delete(names.generation_file(generation).removesuffix(".json") + _ALIVE)
+
+
 def store_now(store: Store) -> float:
     """Return the present time by the store's own clock, in seconds since the epoch.
 

@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import os
-import platform
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from distckpt import clock
 from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.full import GatheredSource, gather_tensors
-from distckpt.dcp.leaves import State
-from distckpt.dcp.planner import pieces_for
-from distckpt.dcp.replicas import host_bytes, replica_digests
-from distckpt.dcp.saving import (
-    AgreedPlan,
-    SaveRequest,
-    agree_plan,
-    encode_objects,
-    save_error,
-    table_of,
-    write_and_commit,
-)
-from distckpt.dcp.writer import Source
+from distckpt.dcp.saving import SaveRequest, save_error
 from distckpt.engines.choose import engine_for
-from distckpt.errors import (
-    AgreementError,
-    CommitInDoubt,
-    ConfigError,
-    LayoutChanged,
-    SaveFailed,
-    StaleGeneration,
-)
+from distckpt.errors import AgreementError, ConfigError, SaveFailed, StaleGeneration
 from distckpt.format import names
-from distckpt.format.dtypes import itemsize
-from distckpt.format.lineage import Committed, create_generation, ensure_root, heartbeat
+from distckpt.format.lineage import Committed
 from distckpt.manager.components import Components
 from distckpt.manager.history import MetricsHistory
+from distckpt.manager.line import JobLine
 from distckpt.manager.loading import Loader
+from distckpt.manager.pipeline import Job, SavePipeline
 from distckpt.manager.preempt import Preempted
 from distckpt.manager.report import LoadOptions, LoadReport
 from distckpt.manager.root import RunRoot, plain_metrics
 from distckpt.manager.saver import BackgroundSaver
 from distckpt.manager.schedule import Schedule
-from distckpt.manager.staging import StagingArena
 from distckpt.storage import open_store
 
 log = logging.getLogger("distckpt")
@@ -91,26 +64,21 @@ class CheckpointManager:
         self.config = config
         self.engine = engine_for(model, optimizer, engine)
         self.agreement = Agreement.from_environment(timeout_s=config.timeout_s, store=store)
-        self._saving = self.agreement.clone()  # the saving thread's own line to the other ranks
         self.store = open_store(config.checkpoint_dir)
         self.components = Components(config, {**self.engine.parts, **(stateful or {})}, scheduler, scaler)
         self.root = RunRoot(self.store, config)
+        self.line = JobLine(config, self.root, self.agreement)
         self.schedule = Schedule(config, self.root, self.agreement)
         self.loader = Loader(config, self.agreement, self.store, self.root, self.engine, self.components)
-        self.generation: int | None = None
-        self.resumed_from: tuple[int, int] | None = None
+        self.pipeline = SavePipeline(config, self.agreement, self.store, self.engine, self.components)
+        self.history = MetricsHistory()
         self.failures = 0
         self._serial = next(_SERIALS) if self.agreement.world_size > 1 else 0
         self._calls = 0
-        self._saver, self._arena = BackgroundSaver(), StagingArena()
+        self._saver = BackgroundSaver()
         self._submitted = False
-        self._fresh = config.start_fresh
-        self._budget: Deadline | None = None  # of the save before leaving, after a preemption notice
-        self._plan: AgreedPlan | None = None
         self._saves = 0
-        self.history = MetricsHistory()
         self._last_path: str | None = None
-        self._weights: tuple[int, str] | None = None
 
     # ------------------------------------------------------------------ saving
 
@@ -141,7 +109,10 @@ class CheckpointManager:
             path = self._save(epoch, step, values, model_config, extra_state, urgent=True)
         except StaleGeneration:
             raise
-        except (SaveFailed, AgreementError) as error:  # the time is over: leave all the same, older checkpoints are there
+        except (
+            SaveFailed,
+            AgreementError,
+        ) as error:  # the time is over: leave all the same, older checkpoints are there
             log.error("preempted, and step %d could not be saved: %s", step, error)
             path = None
         raise Preempted(reason, step=step, path=path)
@@ -175,10 +146,6 @@ class CheckpointManager:
     def _patience_s(self) -> float:
         return self.config.timeout_s * (self.config.retries + 1) + 60
 
-    def _left_s(self) -> float:
-        """Seconds that an attempt to save may take from now on."""
-        return self.config.timeout_s if self._budget is None else min(self.config.timeout_s, max(1.0, self._budget.left_s))
-
     def _save(
         self,
         epoch: float | None,
@@ -192,8 +159,8 @@ class CheckpointManager:
         """Save under the policies; an urgent save (the job is about to be stopped) waits, and asks no policy."""
         if not urgent and self._busy(step):
             return None
-        self._budget = Deadline.after(self.schedule.budget_s) if urgent else None
-        self._saver.join(self._patience_s() if self._budget is None else self._budget.left_s)
+        budget = self.pipeline.budget = Deadline.after(self.schedule.budget_s) if urgent else None
+        self._saver.join(self._patience_s() if budget is None else budget.left_s)
         self._surface()
         self._ensure_generation()
         if self._last_path is not None and self._last_path.endswith(names.step_folder(step)):
@@ -204,7 +171,7 @@ class CheckpointManager:
             if self.config.save_best_only and not urgent and not self._is_best(step, metrics):
                 return None
             self._saves += 1
-            job = self._prepare(epoch, step, metrics, model_config, extra_state)
+            job = self._job(epoch, step, metrics, model_config, extra_state)
             if self.config.async_save and not urgent:
                 self._saver.submit(job, str(step))
                 self._submitted = True
@@ -218,109 +185,31 @@ class CheckpointManager:
         self._last_path = path
         return path
 
-    def _prepare(
+    def _job(
         self, epoch: float | None, step: int, metrics: dict[str, Any], model_config: Any, extra_state: Any
     ) -> Callable[[], None]:
-        """Collect, plan and stage on the training thread; return the rest of the save as a job."""
-        key = self._key("save")
-        full = self.config.mode == "full"
-        try:
-            with self.agreement.guard(f"{key}/plan"):
-                state = self.engine.state(optimizer=self.config.save_optimizer)
-                self.components.add_to(state, extra_state)
-                objects = encode_objects(state)
-            first, self._plan = self._plan, None
-            agreed = agree_plan(
-                self.agreement, key, table_of(state), first, step=step, timeout_s=self._left_s(), full=full
-            )
-            with self.agreement.guard(f"{key}/begin"):
-                replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
-                source = None if full else self._stage(agreed, state)
-        except AgreementError as error:
-            raise save_error(step, error) from error
-        self._plan = agreed
+        """Prepare a save on the training thread; return the rest, with what goes before and after its commit."""
+        generation = self.line.generation or 0
         request = SaveRequest(
-            save_id=key,
+            save_id=self._key("save"),
             step=step,
-            generation=self.generation or 0,
+            generation=generation,
             epoch=epoch,
-            engine=self.engine.name,
             metrics=metrics,
             config=model_config,
-            provenance=self._provenance(),
-            software=_software(),
-            objects=objects,
-            replicas=replicas,
-            trained=self.engine.trained(),
+            provenance=self.line.provenance(),
         )
+        write: Job = self.pipeline.prepare(request, extra_state)
         rows = self.history.take()
-        if source is None:
-            return lambda: self._write_full(agreed, request, state, rows)
-        return lambda: self._write(agreed, request, source, rows, self._saving)
 
-    def _stage(self, agreed: AgreedPlan, state: State) -> Source:
-        """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
-        views = [state.tensors[piece.fqn].view(piece.box) for piece in agreed.pieces]
-        if self.config.async_save or any(v.device.type != "cpu" for v in views):
-            return self._arena.stage(agreed.pieces, views)
-        return [host_bytes(view) for view in views].__getitem__
+        def job() -> None:
+            if self.agreement.is_leader:
+                self._log_metrics(generation, rows)  # before the commit: a crash after it must not lose them
+            path = write()
+            if self.agreement.is_leader:
+                self.line.committed(Committed(step, generation, path))
 
-    def _write_full(self, agreed: AgreedPlan, request: SaveRequest, state: State, rows: list[dict[str, Any]]) -> None:
-        """A full save: rank 0 writes while it gathers, the others send; always on the training thread, never retried."""
-        pieces = sorted(pieces_for(agreed.written, 0), key=lambda p: -itemsize(p.dtype))  # the shard's own order
-        order = [p.fqn for p in pieces if p.box.numel]
-        tensors = gather_tensors(state, agreed.held, self.agreement.rank, order)
-        source = GatheredSource(tensors, [p.fqn for p in agreed.pieces])
-        before = (lambda: None) if self.agreement.is_leader else source.drain
-        try:
-            self._write(agreed, request, source, rows, self.agreement, before_write=before, threads=1, retries=0)
-        finally:
-            source.drain()
-
-    def _write(
-        self,
-        agreed: AgreedPlan,
-        request: SaveRequest,
-        source: Source,
-        rows: list[dict[str, Any]],
-        agreement: Agreement,
-        *,
-        before_write: Callable[[], None] = lambda: None,
-        threads: int | None = None,
-        retries: int | None = None,
-    ) -> None:
-        """Write, commit, retry; then what follows a commit. Runs on the saving thread."""
-        started = clock.monotonic()
-        if agreement.is_leader:
-            self._log_metrics(request.generation, rows)  # before the commit: a crash after it must not lose them
-        retries = self.config.retries if retries is None else retries
-        for attempt in range(retries + 1):
-            tried = request if attempt == 0 else replace(request, save_id=f"{request.save_id}.retry{attempt}")
-            try:
-                path = write_and_commit(
-                    agreement,
-                    self.store,
-                    agreed,
-                    tried,
-                    source,
-                    threads=threads or self.config.threads,
-                    timeout_s=self._left_s(),
-                    before_write=before_write,
-                )
-                break
-            except SaveFailed as error:
-                final = isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt))
-                if attempt == retries or final or (self._budget is not None and self._budget.passed):
-                    self._plan = None
-                    raise
-                log.warning("step %d: %s; trying again", request.step, error)
-        log.info("step %d committed in %.2f s", request.step, clock.monotonic() - started)
-        if agreement.is_leader:
-            committed = Committed(request.step, request.generation, path)
-            self._compare_weights(committed)
-            with contextlib.suppress(OSError):
-                heartbeat(self.store, request.generation)
-            self.root.tidy(committed, request.generation, self.resumed_from)
+        return job
 
     def _surface(self) -> None:
         error, submitted, self._submitted = self._saver.take_error(), self._submitted, False
@@ -374,40 +263,9 @@ class CheckpointManager:
             log.warning("metrics are not stored yet: %s", error)
             self.history.put_back(rows)
 
-    def _compare_weights(self, committed: Committed) -> None:
-        """Warn if every trained weight is what it was at the last save (or in what was resumed): is anything training?"""
-        last, self._weights = self._weights, self.root.weights(committed)
-        if last is not None and self._weights is not None and last[0] != committed.step and last[1] == self._weights[1]:
-            log.warning(
-                "step %d: all trained weights are identical to those of step %d: was the optimizer stepped, do gradients reach "
-                "the weights, is the learning rate above 0?",
-                committed.step,
-                last[0],
-            )
-
     def _ensure_generation(self) -> None:
-        """Take this job's generation, once; refuses to start over silently where checkpoints exist."""
-        if self.generation is not None:
-            return
-
-        def create(_: list[bytes]) -> bytes:
-            ensure_root(self.store)
-            line = self.root.line()
-            if line and self.resumed_from is None and not self._fresh:
-                raise ConfigError(
-                    f"{self.store.url} holds checkpoints (newest: step {line[0].step}) and this job loaded none of them; call "
-                    "manager.resume() or load() first, set start_fresh=True to begin a new lineage, or use another folder"
-                )
-            return str(
-                create_generation(self.store, resumed_from=self.resumed_from, owner=f"pid {os.getpid()}").number
-            ).encode()
-
-        try:
-            self.generation = int(self.agreement.round(self._key("generation"), b"", create))
-        except AgreementError as error:
-            if any(failure.kind == ConfigError.__name__ for failure in error.failures):
-                raise ConfigError("; ".join(failure.message for failure in error.failures)) from error
-            raise
+        if self.line.generation is None:
+            self.line.ensure(self._key("generation"))
 
     # ------------------------------------------------------------------ loading
 
@@ -420,8 +278,8 @@ class CheckpointManager:
         ``prove``).
         """
         self.wait()
-        if fresh or self._fresh:
-            self._fresh = True
+        if fresh or self.line.fresh:
+            self.line.fresh = True
             self._ensure_generation()
             return None
         report = self.loader.newest(self._key("resume"), self._options(options))
@@ -447,21 +305,27 @@ class CheckpointManager:
     def _continue(self, report: LoadReport | None) -> None:
         if report is None:
             return
-        if self.generation is not None:  # going back: what follows is another line than what was saved after that step
+        if self.line.generation is not None:  # going back: what follows is another line than what was saved after that
             self._flush_metrics()
-            self.generation = self._last_path = None
-        self._fresh = False
-        if self.agreement.is_leader:
-            path = f"{names.step_folder(report.step)}/{names.manifest_name(report.generation)}"
-            self._weights = self.root.weights(Committed(report.step, report.generation, path))
-        self.resumed_from = (report.generation, report.step)
-        self.history.continue_from(self.root.read_metrics(self.resumed_from))
+            self._last_path = None
+        self.line.go_on_from(report.generation, report.step)
+        self.history.continue_from(self.root.read_metrics(self.line.resumed_from))
         self.schedule.resumed(report.step, self.history.rows)
 
     def _options(self, options: Mapping[str, Any]) -> LoadOptions:
         return LoadOptions(**{"strict": self.config.strict, **options})
 
     # ------------------------------------------------------------------ looking
+
+    @property
+    def generation(self) -> int | None:
+        """This job start's number in the lineage; None before its first save or resume."""
+        return self.line.generation
+
+    @property
+    def resumed_from(self) -> tuple[int, int] | None:
+        """(generation, step) of the checkpoint that this job goes on from."""
+        return self.line.resumed_from
 
     def get_latest_checkpoint(self) -> str | None:
         """Return the path of the newest checkpoint of this lineage, or None."""
@@ -497,8 +361,8 @@ class CheckpointManager:
         finally:
             self._flush_metrics()
             self.schedule.close()
-            self._arena.release()
-            self._saving.close()
+            self.line.close()
+            self.pipeline.close()
             self.agreement.close()
 
     def __enter__(self) -> CheckpointManager:
@@ -518,26 +382,14 @@ class CheckpointManager:
     def _flush_metrics(self) -> None:
         """Write what no save has written yet."""
         rows = self.history.take()
-        if self.agreement.is_leader and self.generation is not None and rows:
+        if self.agreement.is_leader and self.line.generation is not None and rows:
             self._saves += 1
-            self._log_metrics(self.generation, rows)
+            self._log_metrics(self.line.generation, rows)
 
     def _key(self, what: str) -> str:
         """Return a fresh agreement key: ranks call in the same order, so their counters agree."""
         self._calls += 1
-        return f"{self._serial}.g{self.generation or 0}/{self._calls}-{what}"
+        return f"{self._serial}.g{self.line.generation or 0}/{self._calls}-{what}"
 
     def _url(self) -> str:
         return self.store.url.removeprefix("file://").rstrip("/")
-
-    def _provenance(self) -> dict[str, Any]:
-        source = (
-            None if self.resumed_from is None else {"generation": self.resumed_from[0], "step": self.resumed_from[1]}
-        )
-        return {"resumed_from": source, "settings": self.config.public(), **dict(self.config.extra)}
-
-
-def _software() -> dict[str, str]:
-    from distckpt import __version__
-
-    return {"distckpt": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

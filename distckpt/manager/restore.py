@@ -131,7 +131,9 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     saved |= {alias: saved[target] for alias, target in manifest.aliases.items()}
     in_optimizer = [n for n in (*saved, *manifest.objects) if n.startswith("optim.")]
     optimizer = any(map(options.wants, in_optimizer))
-    without = options.wants(OPTIM_GROUPS) and not in_optimizer and OPTIM_GROUPS in load.engine.state(optimizer=True).objects
+    without = (
+        options.wants(OPTIM_GROUPS) and not in_optimizer and OPTIM_GROUPS in load.engine.state(optimizer=True).objects
+    )
     state = load.engine.prepare(saved, optimizer=optimizer)
     load.components.add_targets(state, {n: entry for n, entry in saved.items() if options.wants(n)})
     report = LoadReport(

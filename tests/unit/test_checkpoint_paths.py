@@ -16,7 +16,7 @@ from distckpt.errors import (
     UnsupportedVersion,
 )
 from distckpt.format import names
-from distckpt.format.checkpoint import list_checkpoints, locate, open_checkpoint
+from distckpt.format.checkpoint import list_checkpoints, open_checkpoint
 from distckpt.format.lineage import create_generation, ensure_root
 from distckpt.storage import open_store
 from distckpt.storage.posix import PosixStore
@@ -49,7 +49,7 @@ def test_root_step_manifest_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_checkpoint(one.folder).step == 100
     (tmp_path / "latest").symlink_to(root / two.folder)
     assert open_checkpoint(tmp_path / "latest").step == 200
-    assert locate(root)[1] == two
+    assert open_checkpoint(root).committed == two
 
 
 def test_memory_urls() -> None:
