@@ -156,7 +156,9 @@ class TorchEngine:
 
     def _finish_groups(self, saved: list[dict[str, Any]]) -> None:
         for _, group, fqns in self._params():
-            for key, value in group_settings(saved, fqns).items():
+            # Frozen parameters may be in a group, but other engines (ZeRO) do not list them.
+            trained = [f for f, p in zip(fqns, group["params"], strict=True) if p.requires_grad]
+            for key, value in group_settings(saved, trained).items():
                 if isinstance(group.get(key), torch.Tensor) and isinstance(value, (torch.Tensor, int, float)):
                     group[key].copy_(torch.as_tensor(value))
                 else:

@@ -67,14 +67,6 @@ def leaf_of(name: str, slot: Slot, flat: torch.Tensor) -> TensorLeaf:
     return TensorLeaf(name, dtype_name(flat.dtype), slot.shape, slot.layout, tuple(parts))
 
 
-def holds(slot: Slot, rank: int) -> bool:
-    """Whether a rank holds any element of the parameter."""
-    if slot.layout is None:
-        return True
-    start, stop = flat_range(slot.shape, slot.layout, rank) or (0, 0)
-    return start < stop
-
-
 def partitions_of(optimizer: Any, names: Names) -> list[Partition]:
     """Return what a wrapper optimizer holds on this rank, in the order of its groups (stage 3: of its sub-groups).
 
@@ -263,4 +255,4 @@ def relink(optimizer: Any, partitions: list[Partition]) -> None:
     optimizer._hp_optimizer_states_linked = False
     state = optimizer.optimizer.state
     if all(partition.flat in state for partition in partitions):
-        optimizer._lazy_init_hp_params_optimizer_state()
+        pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.rename(draft, final)  # replaces an empty folder, nothing else
         _sync(final.parent)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        discard(draft)
         raise
 
 
@@ -104,6 +103,17 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(final.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Remove a file, or a folder and the files in it: what was written a moment ago and is not to stay."""
+    target = Path(path)
+    if target.is_dir() and not target.is_symlink():
+        for file in target.iterdir():
+            file.unlink()
+        target.rmdir()
+    else:
+        target.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -57,6 +57,11 @@ class _Meta(msgspec.Struct, frozen=True):
     objects: dict[str, Any]
 
 
+# Looked into here once, on the importing thread: see manifest.py.
+for _type in (_Entry, _Meta):
+    msgspec.json.Decoder(_type)
+
+
 def header_length(prefix: bytes | memoryview, *, file_size: int, where: str) -> int:
     """Return a header's bytes, its 8 length bytes included, from the first 8; ``ShardError`` if absurd."""
     if len(prefix) < 8 or file_size < 8:

@@ -15,7 +15,7 @@ from distckpt.engines.torch import split_state_names
 from distckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, IncompatibleState
 from distckpt.export.dcp_folder import export_dcp_folder
 from distckpt.export.huggingface import MAX_SHARD, export_huggingface
-from distckpt.export.stream import Buffer, Progress, Stream, fingerprint, stream_fingerprint
+from distckpt.export.stream import Buffer, Progress, Stream, discard, fingerprint, stream_fingerprint
 from distckpt.export.torch_file import export_torch_file
 from distckpt.format import digest as digests
 from distckpt.format.catalog import parse_location
@@ -40,8 +40,8 @@ def _is_distckpt(path: Path) -> bool:
 _KINDS: Final[Mapping[str, tuple[Callable[[Path], bool], Callable[[str, Options], Source]]]] = {
     "distckpt": (_is_distckpt, open_distckpt),
     "dcp": (is_dcp_folder, open_dcp_folder),
-    "deepspeed": (is_deepspeed, open_deepspeed),
     "universal": (is_universal, open_universal),
+    "deepspeed": (is_deepspeed, open_deepspeed),
     "huggingface": (is_huggingface, open_huggingface),
     "torch": (Path.is_file, open_torch_file),
 }
@@ -117,10 +117,12 @@ def convert(
     names get in distckpt, and what is selected and taken off on the way out. ``optimizer`` is kept by default where the
     target is distckpt or dcp. ``max_shard_size``: bytes of tensors in one file. ``allow``: classes whose attributes may
     be read from pickles. Memory: to distckpt ``threads`` times three chunks of 8 MiB, to dcp the largest tensor, else
-    three chunks, whatever the size of the model. ``progress`` is told bytes as they are written and, again, as they are read back.
+    three chunks, whatever the size of the model. ``progress`` is told bytes as they are written and, except to distckpt,
+    again as they are read back.
 
     Raises ``ConfigError`` (target in use, unknown kind), ``ForbiddenPickle``, ``CorruptCheckpoint``, ``IncompatibleState``,
-    ``CheckpointNotFound``. A failed conversion leaves no target.
+    ``CheckpointNotFound``. A failed export leaves no target; a failed import leaves an
+    attempt that was never committed, which ``distckpt gc`` removes.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to}: choose one of {', '.join(TARGETS)}")
@@ -130,7 +132,9 @@ def convert(
     source = open_source(src, kind, options)
     if to == "distckpt":
         size = max_shard_size or SHARD_BYTES
-        written = commit_source(source, dst, step=None if several else step, shard_bytes=size, threads=threads, progress=progress)
+        written = commit_source(
+            source, dst, step=None if several else step, shard_bytes=size, threads=threads, progress=progress
+        )
         return _report(source, to, written.path, written.step, source.tensors)
     seen = _Recorder(source.tensors)
     if to == "dcp":
@@ -149,7 +153,12 @@ def convert(
     named = {MODEL + n.removeprefix(prefix) if n.startswith(prefix) else n: s for n, s in streams.items()}
     if to != "torch":
         named = {MODEL + n: s for n, s in streams.items()} if to == "huggingface" else dict(streams)
-    _compare({name: seen.fingerprint(stream) for name, stream in named.items()}, dst, to, allow, progress)
+    try:
+        _compare({name: seen.fingerprint(stream) for name, stream in named.items()}, dst, to, allow, progress)
+    except BaseException:
+        # It was made by us a moment ago; nothing that was there before can be in it.
+        discard(dst)
+        raise
     if source.per_rank:
         source.notes.append("objects that each rank has for itself (RNG states) have no place there and were left out")
     return _report(source, to, os.fspath(dst), source.step, streams)

@@ -158,23 +158,44 @@ def partitions12(optimizers: Sequence[Mapping[str, Any]], shapes: Shapes) -> lis
             base = state["base_optimizer_state"]
             if isinstance(base, list):  # elastic: a list by group, already without padding
                 own = base[index]
+                settings: Mapping[str, Any] = {"step": state.get("base_optimizer_state_step")}
             else:
-                own = base["state"].get(base["param_groups"][index]["params"][0], {})
-            values.append({"fp32": state["single_partition_of_fp32_groups"][index], **own})
+                settings = base["param_groups"][index]
+                own = base["state"].get(settings["params"][0], {})
+            values.append({"fp32": state["single_partition_of_fp32_groups"][index], **_with_step(own, settings)})
         own_padding = optimizers[0].get("param_alignment_paddings")
         between = own_padding[index] if own_padding else [0] * len(group)
-        paddings = [state.get("group_paddings", [0] * len(shapes))[index] for state in optimizers]
-        lean = "param_alignment_paddings" in optimizers[0] or "zero_stage" in optimizers[0]
-        sizes = [v["fp32"].numel + (p if lean else 0) for v, p in zip(values, paddings, strict=True)]
-        if len(set(sizes)) != 1:
-            raise CorruptCheckpoint(f"group {index}: partitions of {sorted(set(sizes))} elements; they must be equal")
+        size = _partition([v["fp32"].numel for v in values], optimizers, index)
         places: dict[str, list[tuple[int, int, int]]] = {}
         at = 0
         for (name, shape), padding in zip(group.items(), between, strict=True):
-            places[name] = _cut(at, at + math.prod(shape), sizes[0])
+            places[name] = _cut(at, at + math.prod(shape), size)
             at += math.prod(shape) + padding
         flats.append(Flat(values, group, places))
     return flats
+
+
+def _with_step(own: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return optimizer values with a step: DeepSpeed's fused Adam counts in the param group instead."""
+    step = settings.get("step")
+    return dict(own) if not own or "step" in own or step is None else {**own, "step": step}
+
+
+def _partition(saved: Sequence[int], optimizers: Sequence[Mapping[str, Any]], index: int) -> int:
+    """Return how many elements each rank's partition has, its padding included, from how many each one saved."""
+    first = optimizers[0]
+    if "group_paddings" not in first:  # the oldest files: the end of the last partitions may be left out
+        size = max(saved)
+        if any(count != size for count in saved[: -(-sum(saved) // size) - 1]):
+            raise CorruptCheckpoint(f"group {index}: partitions of {list(saved)} elements make no whole")
+        return size
+    # The bf16 optimizer of stage 1 names no stage and saves its padding; the others leave it out.
+    lean = "param_alignment_paddings" in first or "zero_stage" in first
+    paddings = [state["group_paddings"][index] if lean else 0 for state in optimizers]
+    sizes = {count + padding for count, padding in zip(saved, paddings, strict=True)}
+    if len(sizes) != 1:
+        raise CorruptCheckpoint(f"group {index}: partitions of {sorted(sizes)} elements; they must be equal")
+    return sizes.pop()
 
 
 def _cut(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
@@ -194,7 +215,9 @@ def partitions3(optimizers: Sequence[Mapping[str, Any]], shapes: Shapes) -> list
     for index, group in enumerate(shapes):
         values = []
         for state in optimizers:
-            own = state["optimizer_state_dict"]["state"].get(index, {}) if "optimizer_state_dict" in state else {}
+            base = state["optimizer_state_dict"]
+            settings: Mapping[str, Any] = next((g for g in base["param_groups"] if index in g["params"]), {})
+            own = _with_step(base["state"].get(index, {}), settings)
             values.append({"fp32": state["fp32_flat_groups"][index], **own})
         places: dict[str, list[tuple[int, int, int]]] = {}
         at = 0

@@ -32,8 +32,10 @@ def universal_folder(path: str | os.PathLike[str], step: int | None = None) -> P
 
 
 def is_universal(path: Path) -> bool:
-    """Whether a folder holds a universal checkpoint, or names one."""
+    """Whether a folder holds a universal checkpoint, or names one and no native one."""
     try:
+        if (path / "latest").is_file():
+            return (tag_folder(path, None) / "zero").is_dir()
         universal_folder(path)
     except (CheckpointNotFound, OSError):
         return False

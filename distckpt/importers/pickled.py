@@ -83,7 +83,15 @@ def _content(request: Mapping[str, Any], line: bytes) -> Any:
     if "unreadable" in found:
         raise CorruptCheckpoint(f"{path}: {found['unreadable']}")
     tensors = [_tensor(path, row) for row in found["tensors"]]
-    return _placed(typed_json.decode(found["tree"], where=path, error=CorruptCheckpoint), tensors)
+    return _placed(_joined(found["tree"], path), tensors)
+
+
+def _joined(part: Mapping[str, Any], path: str) -> Any:
+    """Undo ``restricted_unpickler.split``."""
+    if "dict" in part:
+        items = part["dict"]
+        return {typed_json.decode(k, where=path, error=CorruptCheckpoint): _joined(item, path) for k, item in items}
+    return typed_json.decode(part["value"], where=path, error=CorruptCheckpoint)
 
 
 def _tensor(path: str, row: list[Any]) -> FileTensor:

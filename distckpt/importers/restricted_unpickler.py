@@ -47,6 +47,10 @@ _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 
 
+_RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""What Python 2 called them, and protocols below 3 still do."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Finds only what is listed."""
 
@@ -56,7 +60,7 @@ class _Unpickler(pickle.Unpickler):
         self._inert: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        full = f"{_RENAMED.get(module, module)}.{name}"
         if full in HANDLERS:
             return HANDLERS[full]
         if module == "torch" and is_known(name):
@@ -272,13 +276,20 @@ def _numpy(node: NumpyArray) -> Any:
     return array.copy() if shape else array[()]
 
 
+def split(value: Any, levels: int = 2) -> dict[str, Any]:
+    """Return typed JSON in parts, an entry each of the outer dicts: one part has a limit, a checkpoint's index has not."""
+    if levels and type(value) is dict:
+        return {"dict": [[typed_json.encode(key), split(item, levels - 1)] for key, item in value.items()]}
+    return {"value": typed_json.encode(value)}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return ``{"tree", "tensors"}`` for one file, or ``{"refused"}`` or ``{"unreadable"}`` with the reason."""
     allowed = PROFILES[request["profile"]] | frozenset(request["allow"])
     plain = _Plain()
     try:
         found = describe(request["path"], request["start"], request["size"], request["form"], allowed)
-        tree = typed_json.encode(plain.value(found))
+        tree = split(plain.value(found))
     except Refused as refused:
         return {"refused": str(refused)}
     except (RecursionError, MemoryError) as cause:

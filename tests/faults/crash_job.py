@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def save(manager: CheckpointManager, training: Training, oracle: Oracle, step: i
 
 def hurry(manager: CheckpointManager, timeout_s: float) -> None:
     """From here on ranks give each other up after this many seconds; before, a loaded machine gets more time."""
-    manager.config = replace(manager.config, timeout_s=timeout_s)
+    object.__setattr__(manager.config, "timeout_s", timeout_s)  # frozen, and shared by all parts of the manager
     manager.agreement.timeout_s = timeout_s
 
 

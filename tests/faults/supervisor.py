@@ -201,9 +201,7 @@ class Chain:
         for step, verdicts in ends.items():
             kinds = {e["event"] for e in verdicts}
             if len(kinds) > 1:
-                wrong.append(
-                    f"I4: ranks disagree about step {step}: {[(e['rank'], e.get('text')) for e in verdicts]}"
-                )
+                wrong.append(f"I4: ranks disagree about step {step}: {[(e['rank'], e.get('text')) for e in verdicts]}")
             if "failed" in kinds and (generation, step) in committed:
                 wrong.append(f"I4: step {step} is committed, but ranks were told that it failed: {verdicts}")
         for outcome in outcomes:

@@ -70,7 +70,7 @@ def fail_once(rank: int, root: Path, oracle: Path, victim: int, where: str, back
         with pytest.raises(SaveFailed):
             save(manager, training, out, 2)
         failpoints.arm("")
-        manager.__dict__.pop("_stage", None)
+        manager.pipeline.__dict__.pop("_stage", None)
         save(manager, training, out, 3)
 
 
@@ -79,7 +79,7 @@ def sabotage(manager: CheckpointManager, where: str) -> None:
         raise MemoryError("no room for the copy")
 
     if where == "staging":
-        manager._stage = no_memory  # type: ignore[method-assign]
+        manager.pipeline._stage = no_memory  # type: ignore[method-assign]
     else:
         failpoints.arm(f"{where}:1:raise=ENOSPC")
 

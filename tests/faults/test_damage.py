@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +100,35 @@ def regions(path: Path) -> dict[str, tuple[int, int]]:
     stop = 8 + int.from_bytes(raw[:8], "little")
     text = len(raw[:stop].rstrip(b" "))
     return {"header": (0, text), "padding": (text, stop), "data": (stop, len(raw))}
+
+
+READERS = """
+import sys, threading
+from distckpt.format.lineage import list_committed
+from distckpt.format.verify import verify
+from distckpt.storage import PosixStore
+
+sys.setswitchinterval(1e-6)
+store = PosixStore(sys.argv[1])
+committed = list_committed(store)[-1]
+start = threading.Barrier(8)
+
+def read():
+    start.wait()
+    assert verify(store, committed, mode="quick").ok
+
+threads = [threading.Thread(target=read) for _ in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+"""
+
+
+def test_the_first_reads_of_a_process_may_come_from_several_threads(saved: Saved) -> None:
+    """A decoder that is built at its first use by two threads at once crashed the process, about every second time."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(6):
+        done = subprocess.run([sys.executable, "-c", READERS, saved.root], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 # ---- single bits

@@ -174,9 +174,7 @@ def test_a_plain_model_and_optimizer_resume_from_it(imported: dict[str, Checkpoi
     with CheckpointManager(config, model=model, optimizer=optimizer) as manager:
         manager.load("latest", load_rng_state=False)
     assert torch.equal(model.layer.weight, found.read("model.layer.weight"))
-    assert torch.equal(
-        optimizer.state[model.scale]["exp_avg"], found.read("optim.state.scale.exp_avg")
-    )
+    assert torch.equal(optimizer.state[model.scale]["exp_avg"], found.read("optim.state.scale.exp_avg"))
     assert optimizer.state[model.embed.weight]["step"].item() == 2
     assert optimizer.param_groups[1]["lr"] == 1e-3
 
