@@ -255,4 +255,4 @@ def relink(optimizer: Any, partitions: list[Partition]) -> None:
     optimizer._hp_optimizer_states_linked = False
     state = optimizer.optimizer.state
     if all(partition.flat in state for partition in partitions):
-        pass
+        optimizer._lazy_init_hp_params_optimizer_state()
