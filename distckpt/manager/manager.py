@@ -371,7 +371,7 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, Preempted):
+        if error is None:
             self.close()
             return
         try:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crash_job import Training
 from ranks import run_ranks
 
 from distckpt import CheckpointConfig, CheckpointManager, open_checkpoint
+from distckpt.boxes import Box
+from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.errors import CheckpointNotFound, CorruptCheckpoint
-from distckpt.format.lineage import Committed, list_committed
+from distckpt.format.lineage import Committed, list_committed, read_manifest
 from distckpt.format.shard_header import read_header
 from distckpt.format.verify import VerifyReport, verify
 from distckpt.storage import PosixStore
@@ -67,6 +70,16 @@ class Saved:
         checkpoint.state_dict("")
         for rank in (0, 1):
             checkpoint.rank_objects(rank)
+
+    def load(self) -> None:
+        """Read every tensor the way a live load does."""
+        store, committed = PosixStore(self.root), self.committed()
+        manifest = read_manifest(store, committed)
+        wants = [
+            Want(fqn, Box.whole(tuple(e.shape)), torch.empty(e.shape, dtype=getattr(torch, e.dtype)))
+            for fqn, e in manifest.tensors.items()
+        ]
+        CheckpointReader(store, manifest, committed.folder).read(wants, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +156,13 @@ def test_every_flipped_bit_of_a_shard_is_found(rank: int, region: str, saved: Sa
     wrong, injected = [], places(*regions(path)[region], PER_REGION, seed=rank)
     for offset, bit in injected:
         with flipped(path, offset, bit):
-            try:
-                saved.read()
-                wrong.append((offset, bit, "loaded"))
-            except CorruptCheckpoint as error:
-                if name not in str(error):
-                    wrong.append((offset, bit, f"the error does not name the file: {error}"))
+            for read in (saved.read, saved.load):
+                try:
+                    read()
+                    wrong.append((offset, bit, f"{read.__name__} saw nothing"))
+                except CorruptCheckpoint as error:
+                    if name not in str(error):
+                        wrong.append((offset, bit, f"the error of {read.__name__} does not name the file: {error}"))
             quick, full = saved.check("quick"), saved.check("full")
             tensors = {b.fqn for b in boxes if b.start <= offset < b.start + b.nbytes} if region == "data" else {None}
             if {(p.file, p.rank, p.tensor) for p in full.problems} != {(name, rank, t) for t in tensors}:
@@ -158,6 +172,7 @@ def test_every_flipped_bit_of_a_shard_is_found(rank: int, region: str, saved: Sa
     assert wrong == []
     assert len(injected) == PER_REGION
     saved.read()
+    saved.load()
     assert saved.check("full").ok
 
 
@@ -166,12 +181,13 @@ def test_every_flipped_bit_of_the_manifest_is_found(saved: Saved) -> None:
     name = str(saved.manifest.relative_to(saved.root))
     for offset, bit in injected:
         with flipped(saved.manifest, offset, bit):
-            try:
-                saved.read()
-                wrong.append((offset, bit, "loaded"))
-            except CorruptCheckpoint as error:
-                if name not in str(error):
-                    wrong.append((offset, bit, f"the error does not name the file: {error}"))
+            for read in (saved.read, saved.load):
+                try:
+                    read()
+                    wrong.append((offset, bit, f"{read.__name__} saw nothing"))
+                except CorruptCheckpoint as error:
+                    if name not in str(error):
+                        wrong.append((offset, bit, f"the error of {read.__name__} does not name the file: {error}"))
             if [p.file for p in saved.check("quick").problems] != [name]:
                 wrong.append((offset, bit, "verify"))
     assert wrong == []

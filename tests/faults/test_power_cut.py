@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_job import Job
 from supervisor import Chain, Kill, enumerate_points, litter_on_disk
+
+from distckpt.format.lineage import as_committed
 
 SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32)
 LOG_FLUSHED, LOG_LOST = 1, 2
@@ -88,6 +91,14 @@ class PowerChain(Chain):
 
     def recover(self) -> None:
         self.disk.start_again()
+
+    def _learn(self, event: dict[str, Any]) -> None:
+        """Once the manifest is published other ranks may acknowledge: from here on it has to be there."""
+        super()._learn(event)
+        name, _, path = event.get("at", "").partition("@")
+        committed = as_committed(path) if name == "commit.after_manifest" else None
+        if committed is not None:
+            super()._learn({"event": "acknowledged", "generation": committed.generation, "step": committed.step})
 
     def _litter(self) -> list[str]:
         """A cut may undo removals, so only the amount is bounded here; the last job, in peace, has to clean up."""
