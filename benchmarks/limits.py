@@ -90,8 +90,7 @@ def _resident_pages(fd: int, size: int) -> int:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector) != 0:
             raise OSError(ctypes.get_errno(), "mincore")
-        count = sum(v & 1 for v in bytes(vector))
-    return count
+        return sum(v & 1 for v in bytes(vector))
 
 
 def _open_direct(path: Path, flags: int) -> int:
