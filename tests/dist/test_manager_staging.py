@@ -1,0 +1,135 @@
+"""The staging buffer: one image of a shard's data region, filled anew by each save, complete when ``stage`` returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from manager_support import Net, assert_same, manager, snapshot, train
+
+from distckpt import failpoints, open_checkpoint
+from distckpt.boxes import Box
+from distckpt.dcp.leaves import dtype_name
+from distckpt.dcp.writer import Staged
+from distckpt.format.shard import Piece
+from distckpt.manager.staging import StagingArena
+
+DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.complex128, torch.int64, torch.float8_e4m3fn, torch.uint16)
+
+
+def tensors(device: str, seed: int = 0) -> list[torch.Tensor]:
+    """Return tensors of many dtypes: 0-d, empty, odd sizes, and views that are not contiguous."""
+    torch.manual_seed(seed)
+    out = [(torch.randn(17, 5) * 3).to(dtype) for dtype in DTYPES]
+    wide = torch.randn(8, 6)
+    out += [wide.t(), wide[:, ::2], wide[1:1], torch.tensor(2.5, dtype=torch.float64), torch.randn(3, 1).expand(3, 4)]
+    if device == "cpu":
+        return out
+    moved = [t.contiguous().to(device) for t in out[: len(DTYPES)]]
+    on_device = wide.to(device)
+    return [*moved, on_device.t(), on_device[:, ::2], on_device[1:1], out[-2].to(device), out[-1][:, :1].to(device).expand(3, 4)]
+
+
+def pieces_of(views: list[torch.Tensor]) -> list[Piece]:
+    return [Piece(f"t{i}", dtype_name(v.dtype), tuple(v.shape), Box.whole(tuple(v.shape))) for i, v in enumerate(views)]
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def overwrite(views: list[torch.Tensor]) -> None:
+    for view in views:
+        base = view._base if view._base is not None else view
+        base.zero_()
+
+
+def check_three_times(device: str) -> StagingArena:
+    arena = StagingArena()
+    for seed in (1, 2, 3):
+        views = tensors(device, seed)
+        wanted = [raw(v) for v in views]
+        staged = arena.stage(pieces_of(views), views)
+        overwrite(views)
+        assert isinstance(staged, Staged)
+        assert [bytes(staged(i)) for i in range(len(views))] == wanted
+        assert sorted(staged.image) == sorted(b"".join(wanted))
+    assert arena.allocations == 1
+    return arena
+
+
+def test_staged_bytes_are_those_of_the_call() -> None:
+    arena = check_three_times("cpu")
+    larger = [torch.ones(10_000)]
+    assert bytes(arena.stage(pieces_of(larger), larger)(0)) == raw(larger[0])
+    assert arena.allocations == 2
+    arena.release()
+    assert arena.nbytes == 0
+    assert bytes(arena.stage([], []).image) == b""
+
+
+@pytest.mark.gpu
+def test_device_tensors_are_copied_before_stage_returns() -> None:
+    arena = check_three_times("cuda")
+    assert arena._image.is_pinned()
+
+
+@pytest.mark.gpu
+def test_work_queued_on_the_current_stream_is_part_of_the_snapshot() -> None:
+    arena = StagingArena()
+    value = torch.zeros(1 << 24, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for step in range(1, 4):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # the fill below has not run when stage is called
+            value.fill_(step)
+            staged = arena.stage(pieces_of([value]), [value])
+            value.fill_(-1)  # the next optimizer step, on the stream that training uses
+        assert (torch.frombuffer(staged(0), dtype=torch.float32) == step).all()
+
+
+@pytest.mark.gpu
+def test_host_and_device_tensors_mix_and_a_host_buffer_becomes_pinned() -> None:
+    arena = StagingArena()
+    host = [torch.arange(100)]
+    arena.stage(pieces_of(host), host)
+    mixed = [torch.arange(100), torch.arange(50.0, device="cuda"), torch.tensor(7, device="cuda")]
+    wanted = [raw(t) for t in mixed]
+    staged = arena.stage(pieces_of(mixed), mixed)
+    overwrite(mixed)
+    assert [bytes(staged(i)) for i in range(3)] == wanted
+    assert arena._image.is_pinned()
+    assert arena.allocations == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("background", [True, False])
+def test_three_saves_of_a_model_on_the_device(tmp_path: Path, background: bool) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer)
+    model.cuda()
+    for state in optimizer.state.values():
+        state.update({k: v.cuda() for k, v in state.items() if k != "step"})
+    wanted = {}
+    with manager(tmp_path, model, optimizer, async_save=background) as m:
+        for step in (1, 2, 3):
+            wanted[step] = {n: t.cpu() for n, t in snapshot(model, optimizer).items()}
+            failpoints.arm("writer.chunk:0:sleep=0.1")
+            try:
+                assert m.save(step=step) is not None
+                with torch.no_grad():
+                    for tensor in (*model.parameters(), *model.buffers(), *(s["exp_avg"] for s in optimizer.state.values())):
+                        tensor.add_(1)
+                m.wait()
+            finally:
+                failpoints.arm("")
+        report = m.load(1, prove=True)
+        assert report.proved == len(wanted[1])
+    assert all(p.is_cuda for p in model.parameters())
+    for step, values in wanted.items():
+        checkpoint = open_checkpoint(tmp_path / f"step-{step:010d}")
+        assert_same({name: checkpoint.read(name) for name in checkpoint.tensors}, values)
