@@ -57,7 +57,7 @@ class GPT(nn.Module):
         x = self.byte(window[:, :-1]) + self.place.weight
         for block in self.blocks:
             x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), window[:, 1:].flatten())
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), window[:, 1:].flatten())
 
 
 def stdlib_windows() -> torch.Tensor:

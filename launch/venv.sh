@@ -1,4 +1,5 @@
 # Source this from a bash script: makes or reuses the project's own .venv, and sets ROOT and PYTHON.
+# EXTRAS=deepspeed before it: with that extra of pyproject.toml too (an argument would take the caller's away).
 # Installs only when pyproject.toml, constraints.txt or the checkout's place changed; two scripts may run it at once.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -23,8 +24,17 @@ _stamp() {
     cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"
 }
 
+_stamps() { # a file for what is always installed, and one with an extra's name
+    echo "$ROOT/.venv/.installed"
+    [[ -z ${EXTRAS:-} ]] || echo "$ROOT/.venv/.installed-$EXTRAS"
+}
+
 _venv_is_current() {
-    _stamp | cmp -s - "$ROOT/.venv/.installed" && "$PYTHON" -I -c 'import distckpt' 2>/dev/null
+    local stamp
+    for stamp in $(_stamps); do
+        _stamp | cmp -s - "$stamp" || return 1
+    done
+    "$PYTHON" -I -c 'import distckpt' 2>/dev/null
 }
 
 _venv_is_usable() {
@@ -33,7 +43,7 @@ _venv_is_usable() {
 }
 
 _make_venv() {
-    local base
+    local base stamp
     _venv_is_current && return # another script made it while this one waited
     if ! _venv_is_usable; then
         base=$(_find_python) || return
@@ -45,9 +55,10 @@ _make_venv() {
         fi
     fi
     echo "== installing distckpt and its pinned dependencies into .venv (torch is the large one)"
-    rm -f "$ROOT/.venv/.installed"
-    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]") || return
-    _stamp >"$ROOT/.venv/.installed"
+    rm -f "$ROOT/.venv"/.installed*
+    (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt \
+        -e ".[test${EXTRAS:+,$EXTRAS}]") || return
+    for stamp in $(_stamps); do _stamp >"$stamp"; done
 }
 
 if ! _venv_is_current; then

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distckpt import CheckpointConfig, CheckpointManager
 from distckpt.manager.preempt import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,75 @@ def test_the_demo_finds_any_difference(tmp_path: Path, run: dict[int, float], co
     done = python(LAUNCH / "demo_compare.py", "equal", reference, losses(tmp_path / "b", run), "--until", "3")
     assert done.returncode == code, done.stdout + done.stderr
     assert ("FAILED" in done.stdout) == bool(code)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, False), (3, False), (3, True)])
+def test_every_zero_configuration_is_the_same_training(stage: int, offload: bool) -> None:
+    name = f"zero{stage}_offload.json" if offload else f"zero{stage}.json"
+    config, first = (json.loads((LAUNCH / n).read_text()) for n in (name, "zero1.json"))
+    zero = config.pop("zero_optimization")
+    assert zero["stage"] == stage
+    assert ("offload_optimizer" in zero, "offload_param" in zero) == (offload, offload)
+    assert config.pop("zero_force_ds_cpu_optimizer", None) is (False if offload else None)
+    assert config == {k: v for k, v in first.items() if k != "zero_optimization"}
+    assert config["bf16"] == {"enabled": True}
+    assert all(config["train_batch_size"] % ranks == 0 for ranks in (1, 2, 3, 4))
+
+
+def test_the_constraints_pin_all_that_deepspeed_needs() -> None:
+    pytest.importorskip("deepspeed")
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    needed = {re.split(r"[^\w-]", line)[0] for line in metadata.requires("deepspeed") or () if "extra ==" not in line}
+    assert {"deepspeed", *needed} <= pinned
+
+
+def test_the_zero_script_never_compiles_on_a_cpu() -> None:
+    pytest.importorskip("deepspeed")
+    told = "import train_zero; print('compiles:', train_zero.deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'])"
+    done = python("-c", told, PYTHONPATH=str(LAUNCH), DS_ACCELERATOR="cpu")
+    assert "compiles: False" in done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """Checkpoints of steps 1 and 2 of a tiny GPT, and the held-out loss of each."""
+    import torch
+
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        from train_lm import GPT, stdlib_windows
+    finally:
+        sys.path.remove(str(LAUNCH))
+    root, shape, found = tmp_path_factory.mktemp("pieces"), {"dim": 32, "layers": 1}, []
+    torch.manual_seed(0)
+    model = GPT(**shape).eval()
+    config = CheckpointConfig(root, preemption_signals=(), control_file=None, verbose=False)
+    with CheckpointManager(config, model=model) as manager, torch.no_grad():
+        for step in (1, 2):
+            manager.save(step=step, model_config=shape)
+            found.append(float(model(stdlib_windows()[-24:])))
+            model.head.weight.zero_()  # ln 256, better than any random weights
+    return root, found
+
+
+@pytest.mark.parametrize(
+    ("loaded", "off", "code"),
+    [(1, 0.0, 0), (1, 1e-4, 1), (2, 0.0, 1)],
+    ids=["as it was", "another held-out loss after the load", "a step is missing"],
+)
+def test_the_demo_finds_a_break_in_the_curve(
+    tmp_path: Path, two_pieces: tuple[Path, list[float]], loaded: int, off: float, code: int
+) -> None:
+    root, (held_out, better) = two_pieces
+    legs = {
+        "ZeRO-3 on 2": [{"step": 1, "loss": 6.0, "val_loss": held_out + 1e-3}],
+        "FSDP2 on 2": [{"step": loaded, "val_loss_after_load": held_out + off}, {"step": 2, "loss": 5.6, "val_loss": better}],
+    }  # fmt: skip
+    for name, lines in legs.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = python(LAUNCH / "demo_curve.py", root, *(f"{name}={tmp_path / name}" for name in legs))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("FAILED" in done.stdout) == bool(code), done.stderr
 
 
 SAVER = """
