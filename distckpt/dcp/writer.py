@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distckpt import failpoints
-from distckpt.dcp.buffers import POOL, REQUEST, copy_bytes
+from distckpt.dcp.buffers import copy_bytes
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
 from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
 from distckpt.storage.base import Store, Writer
-from distckpt.storage.direct import ALIGNMENT, address
+from distckpt.storage.direct import ALIGNMENT, POOL, REQUEST, address
 
 Source = Callable[[int], memoryview]
 """Piece index to its contiguous bytes; called from several threads."""

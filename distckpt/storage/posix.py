@@ -21,6 +21,7 @@ from distckpt import failpoints
 from distckpt.errors import AlreadyExists, NotFound, StoreError
 from distckpt.storage import posix_files, posix_folders
 from distckpt.storage.base import Capabilities, Entry, Writer
+from distckpt.storage.direct import read_some
 from distckpt.storage.paths import check_range, flat_bytes, mapped, split_folder, split_name
 
 TEMP_GRACE_S = 24 * 3600.0
@@ -105,7 +106,8 @@ class PosixStore:
 
         def body(fd: int, available: int) -> None:
             check_range(self.path_of(name), offset, len(view), available)
-            posix_files.read_all(fd, view, offset)
+            done = read_some(fd, view, offset)
+            posix_files.read_all(fd, view[done:], offset + done)
             self._count("bytes_read", len(view))
 
         self._reading(name, body)

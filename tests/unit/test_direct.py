@@ -1,0 +1,94 @@
+"""Direct I/O: whatever the alignment, the size and the file system, the bytes are the same; counters say how they went."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from distckpt.storage import direct
+from distckpt.storage.posix import PosixStore
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "disk":
+        return tmp_path
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        pytest.skip("no writable /dev/shm here")
+    folder = shared / f"distckpt-test-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    request.addfinalizer(lambda: __import__("shutil").rmtree(folder))
+    return folder
+
+
+def evict(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_reads_of_any_range_are_right(root: Path, cold: bool) -> None:
+    content = random.Random(1).randbytes(21 * MIB + 12_345)
+    (root / "file").write_bytes(content)
+    store = PosixStore(root)
+    ranges = [(0, len(content)), (1, 9 * MIB), (4096, 8 * MIB), (len(content) - 2 * MIB - 7, 2 * MIB + 7), (5, MIB)]
+    ranges += [(random.Random(i).randrange(8 * MIB), MIB + random.Random(-i).randrange(10 * MIB)) for i in range(1, 9)]
+    for offset, size in ranges:
+        if cold:
+            evict(root / "file")
+        target = bytearray(size)
+        store.read_into("file", offset, memoryview(target))
+        assert target == content[offset : offset + size], (offset, size)
+
+
+def test_a_file_that_shrinks_is_an_error_not_a_short_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3 * MIB))
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    evict(tmp_path / "file")
+    view = memoryview(bytearray(5 * MIB))
+    assert direct.read_some(fd, view, 0) <= 3 * MIB
+    os.close(fd)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * MIB, 9 * MIB + 777])
+def test_writes_of_any_size_are_right(root: Path, size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    store = PosixStore(root)
+    writer = store.open_writer(f"file-{size}", size)
+    with direct.POOL.lend() as buffer:
+        for at in range(0, size, direct.REQUEST):
+            part = content[at : at + direct.REQUEST]
+            buffer[: len(part)] = part
+            writer.write_at(at, buffer[: len(part)])
+    writer.commit()
+    assert (root / f"file-{size}").read_bytes() == content
+    assert store.counters["direct_bytes"] in (0, size // 4096 * 4096)
+
+
+def test_only_aligned_fronts_go_directly(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    writer = store.open_writer("file", 16384)
+    with direct.POOL.lend() as buffer:
+        buffer[:16384] = bytes(range(256)) * 64
+        writer.write_at(0, buffer[:5000])
+        writer.write_at(5000, buffer[5000:16384])  # neither offset nor address is aligned
+    writer.commit()
+    assert (tmp_path / "file").read_bytes() == bytes(range(256)) * 64
+    assert store.counters["direct_bytes"] in (0, 4096)
+
+
+def test_buffers_are_used_again() -> None:
+    pool = direct.BufferPool(limit=2)
+    for _ in range(5):
+        with pool.lend() as first, pool.lend() as second:
+            assert direct.address(first) != direct.address(second)
+            assert direct.address(first) % direct.ALIGNMENT == 0
+    assert pool.allocations == 2
