@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: native checkpoints and distckpt's, same engine and ranks, in one interleaved run.
 
-    python -m benchmarks.zero [--ranks 2] [--to 1] [--rounds 5] [--mbytes 400] [--stages 2 3] [--out FILE.jsonl]
+    python -m benchmarks.zero [--ranks 2] [--to 1] [--rounds 5] [--mbytes 400] [--stages 2 3] [--out benchmarks/results/zero.json]
 
 Each round does, for each ZeRO stage, native and ours in the order A B B A (B A A B in every second round):
 
@@ -151,8 +151,12 @@ class Round:
                 rows.append(self._load_once("reshard", peer, number, self.args.to))
             else:
                 rows.append(self._universal(number))
-        saves = {(r["peer"], r["number"]): r["seconds"] for r in self.rows if r["what"] == "save"}  # the last attempt's
-        whole = [{**r, "what": "save + reshard", "seconds": r["seconds"] + saves[r["peer"], r["number"]]} for r in rows]
+        saves = {(r["peer"], r["number"]): r for r in self.rows if r["what"] == "save"}  # of the last attempt
+        whole = []
+        for row in rows:
+            save = saves[row["peer"], row["number"]]
+            sums = {key: row[key] + save[key] for key in ("seconds", "cpu_seconds")}
+            whole.append({**row, **sums, "what": "save + reshard"})
         return rows + whole
 
     def _universal(self, number: int) -> Row:
@@ -174,7 +178,8 @@ class Round:
     def _export(self) -> list[Row]:
         rows = []
         for peer, number in self.order:
-            for kind in ("native",) if peer == "native" else ("ours", "ours+verify"):
+            ours = ("ours", "ours+verify") if number == 1 else ("ours+verify", "ours")  # the first pays for cold disks
+            for kind in ("native",) if peer == "native" else ours:
                 target = self.folder / "export"
                 run = run_ranks(
                     1, job.export, kind, self.source(peer), str(number), target, backend=None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,17 @@ MIB = 1 << 20
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     if request.param == "disk":
-        return tmp_path
+        yield tmp_path
+        return
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         pytest.skip("no writable /dev/shm here")
     folder = shared / f"distckpt-test-{os.getpid()}"
     folder.mkdir(exist_ok=True)
-    request.addfinalizer(lambda: __import__("shutil").rmtree(folder))
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def evict(path: Path) -> None:
