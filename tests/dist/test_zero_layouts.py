@@ -173,5 +173,5 @@ def test_a_save_gathers_nothing_and_stages_only_its_own_bytes(kind: str, world: 
     whole = sum(info.nbytes for info in open_checkpoint(tmp_path).tensors.values())
     for staged, local, called in outcomes:
         assert called == []
-        assert staged <= local + whole * 0.17 / world + 10_000  # frozen weights are shared out; pieces start aligned
-        assert staged < whole / world * 1.1 + 10_000
+        assert staged <= local + whole * 0.17 / world + 14_096  # frozen weights are shared out; pieces start aligned
+        assert staged < whole / world * 1.1 + 14_096
