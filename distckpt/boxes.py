@@ -38,6 +38,11 @@ class Box:
         """First index past the box in each dimension."""
         return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index that takes this box out of a tensor whose zero is the origin."""
+        return tuple(slice(o, e) for o, e in zip(self.offsets, self.ends, strict=True))
+
     def intersect(self, other: Box) -> Box | None:
         """Return the common region, or None where there is none (also where it would have no elements)."""
         offsets = tuple(map(max, self.offsets, other.offsets))

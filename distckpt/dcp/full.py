@@ -71,7 +71,7 @@ def _collect(plan: Plan, fqn: str, leaf: TensorLeaf | None) -> torch.Tensor:
             else:
                 part = torch.empty(held.box.sizes, dtype=whole.dtype, device=device)
                 dist.recv(_wire(part), src=rank)
-            whole[tuple(slice(o, e) for o, e in zip(held.box.offsets, held.box.ends, strict=True))].copy_(part)
+            whole[held.box.slices].copy_(part)
     return whole
 
 

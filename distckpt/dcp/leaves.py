@@ -41,7 +41,7 @@ class TensorLeaf:
         """Return the local tensor of a box that lies within one part; shares memory with the live state."""
         for held, tensor in self.parts:
             if held.contains(box):
-                return tensor[_slices(box.relative_to(held.offsets))]
+                return tensor[box.relative_to(held.offsets).slices]
         raise IncompatibleState(
             f"{self.fqn}: this rank does not hold box {box.offsets}+{box.sizes}; held: "
             f"{[(b.offsets, b.sizes) for b, _ in self.parts]}"
@@ -138,7 +138,7 @@ def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
     if value.device_mesh.get_coordinate() is not None:
         rank = torch.distributed.get_rank()
         for held in held_boxes(shape, layout, rank):
-            parts.append((held.box, local[_slices(Box(held.local, held.box.sizes))]))
+            parts.append((held.box, local[Box(held.local, held.box.sizes).slices]))
         held_numel = sum(box.numel for box, _ in parts)
         if held_numel != local.numel():
             raise IncompatibleState(
@@ -177,10 +177,6 @@ def _sharded_tensor_leaf(fqn: str, value: Any) -> TensorLeaf:
         for s in value.local_shards()
     )
     return TensorLeaf(fqn, dtype_name(metadata.tensor_properties.dtype), shape, layout, parts)
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
 from distckpt.dcp.leaves import byte_view, torch_dtype
+from distckpt.dcp.parallel import run_all
 from distckpt.errors import IncompatibleState, ShardError, StoreError
 from distckpt.format import digest as digests
 from distckpt.format.dtypes import itemsize
@@ -100,18 +100,7 @@ class CheckpointReader:
             if progress is not None:
                 progress(nbytes)
 
-        if threads <= 1 or len(requests) <= 1:
-            for request in requests:
-                run(request)
-            return self.stats
-        with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix="distckpt-read") as pool:
-            futures = [pool.submit(run, request) for request in requests]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+        run_all(run, requests, threads, "read")
         return self.stats
 
     def _plan(self, wants: Sequence[Want]) -> Iterator[_BlockRead]:
@@ -185,17 +174,13 @@ class CheckpointReader:
                 common = absolute.intersect(want.box)
                 if common is None:
                     continue
-                target = want.target[_slices(common.relative_to(want.box.offsets))]
-                found = piece[_slices(common.relative_to(absolute.offsets))]
+                target = want.target[common.relative_to(want.box.offsets).slices]
+                found = piece[common.relative_to(absolute.offsets).slices]
                 if not compare:
                     target.copy_(found)
                 elif not _same_bits(target, found):
                     with self._lock:
                         self.stats.mismatches.append(f"{want.fqn} box {common.offsets}+{common.sizes}")
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:

@@ -8,12 +8,12 @@ header, which holds the digests, comes last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from distckpt import failpoints
 from distckpt.dcp.buffers import copy_bytes
+from distckpt.dcp.parallel import run_all
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
 from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
@@ -90,11 +90,11 @@ def write_shard(
     try:
         requests = list(_requests(plan))
         if store.capabilities.random_write:
-            _run_all(job.hash_and_write, requests, threads)
+            run_all(job.hash_and_write, requests, threads, "write")
             failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(job.header()))
         else:  # strictly rising offsets: hash everything first
-            _run_all(lambda request: job.hash(request, job.views(request)), requests, threads)
+            run_all(lambda request: job.hash(request, job.views(request)), requests, threads, "write")
             failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(job.header()))
             for request in requests:
@@ -163,21 +163,6 @@ class _Job:
         if not self._header:
             self._header = render_header(self._plan, self.found)
         return self._header
-
-
-def _run_all(work: Callable[[_Request], object], requests: Sequence[_Request], threads: int) -> None:
-    if threads <= 1 or len(requests) <= 1:
-        for request in requests:
-            work(request)
-        return
-    with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix="distckpt-write") as pool:
-        futures = [pool.submit(work, request) for request in requests]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            for future in futures:
-                future.cancel()
 
 
 def _requests(plan: ShardPlan) -> Iterator[_Request]:

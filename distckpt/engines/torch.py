@@ -95,7 +95,7 @@ class TorchEngine:
                 continue
             if source is None or _address(source) != _address(value):
                 self._copies[name] = (key, value)  # a state_dict hook made it: loading must go through load_state_dict
-            elif source is not None:
+            else:
                 first[id(source)] = name
             leaf = tensor_leaf(name, value)
             if id(source) in synced:

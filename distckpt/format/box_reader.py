@@ -220,8 +220,4 @@ def _scatter(source: Source, run: list[Block], box: Box, data: memoryview, desti
             if common is None:
                 continue
             octets = np.frombuffer(data, np.uint8, region.numel * size, begin + at).reshape(*region.sizes, size)
-            target[_slices(common.relative_to(box.offsets))] = octets[_slices(common.relative_to(absolute.offsets))]
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(box.offsets, box.ends, strict=True))
+            target[common.relative_to(box.offsets).slices] = octets[common.relative_to(absolute.offsets).slices]

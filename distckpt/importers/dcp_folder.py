@@ -137,7 +137,7 @@ def _assembled(dtype: str, shape: tuple[int, ...], chunks: Sequence[tuple[Box, F
                 common = region.intersect(box)
                 if common is not None:
                     part = _part(tensor, common.relative_to(box.offsets), size).reshape(*common.sizes, size)
-                    target[_slices(common.relative_to(region.offsets))] = part
+                    target[common.relative_to(region.offsets).slices] = part
             at += region.numel * size
         return memoryview(out)[start - first * size : stop - first * size]
 
@@ -157,8 +157,4 @@ def _part(tensor: FileTensor, local: Box, size: int) -> Any:
     row = tensor.numel // tensor.shape[0] * size
     data = stream.read(local.offsets[0] * row, (local.offsets[0] + rows) * row)
     whole = np.frombuffer(data, np.uint8).reshape(rows, *tensor.shape[1:], size)
-    return whole[(slice(None), *_slices(Box(local.offsets[1:], local.sizes[1:])))]
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(box.offsets, box.ends, strict=True))
+    return whole[(slice(None), *Box(local.offsets[1:], local.sizes[1:]).slices)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distckpt.boxes import Box, flat_range_to_boxes
+from distckpt.boxes import flat_range_to_boxes
 from distckpt.errors import CheckpointNotFound, CorruptCheckpoint
 from distckpt.export.stream import Buffer, Stream
 from distckpt.format.dtypes import itemsize
@@ -61,7 +61,7 @@ class FileTensor:
         view = np.lib.stride_tricks.as_strided(mapped, self.shape, steps, writeable=False)
         out = bytearray()
         for box in flat_range_to_boxes(self.shape, first, last):
-            out += np.ascontiguousarray(view[_slices(box)]).tobytes()
+            out += np.ascontiguousarray(view[box.slices]).tobytes()
         return memoryview(out)[start - first * size : stop - first * size]
 
 
@@ -122,7 +122,3 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     if not found.is_file():
         raise CheckpointNotFound(f"{found}: no such file, or not a regular one")
     return found
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(box.offsets, box.ends, strict=True))

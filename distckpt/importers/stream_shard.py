@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distckpt.boxes import Box
+from distckpt.dcp.parallel import run_all
 from distckpt.export.stream import CHUNK, Progress, Stream
 from distckpt.format import digest as digests
 from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
@@ -67,7 +67,7 @@ def write_streams(
                 _hash(request, views, found, plan.block)
                 _write(writer, plan, request, views, progress)
 
-            _run(work, list(_requests(plan)), threads)
+            run_all(work, list(_requests(plan)), threads, "convert")
             writer.write_at(0, memoryview(render_header(plan, found)))
         writer.commit()
     except BaseException:
@@ -110,18 +110,3 @@ def _write(
     data = views[0] if len(views) == 1 else memoryview(b"".join(views))
     writer.write_at(plan.starts[request[0].piece] + request[0].start, data)
     progress(len(data))
-
-
-def _run(work: Callable[[list[_Part]], None], requests: list[list[_Part]], threads: int) -> None:
-    if threads <= 1 or len(requests) <= 1:
-        for request in requests:
-            work(request)
-        return
-    with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix="distckpt-convert") as pool:
-        futures = [pool.submit(work, request) for request in requests]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            for future in futures:
-                future.cancel()
