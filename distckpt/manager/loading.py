@@ -26,8 +26,9 @@ from distckpt.format.lineage import Committed, lineage, list_committed, read_gen
 from distckpt.format.manifest import decode_manifest, encode_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
+from distckpt.manager.reading import Restore
 from distckpt.manager.report import LoadOptions, LoadReport
-from distckpt.manager.restore import Restore, restore
+from distckpt.manager.restore import restore
 from distckpt.manager.root import RunRoot
 from distckpt.storage import open_store
 from distckpt.storage.base import Store

@@ -15,31 +15,20 @@ import torch
 
 from distckpt.boxes import Box
 from distckpt.clock import Deadline
-from distckpt.config import CheckpointConfig
+from distckpt.dcp import share
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, tree_refs, unflatten_tree
+from distckpt.dcp.read_plan import Request
 from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
+from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """One load on one rank: what it reads from, what it loads into, how."""
-
-    reader: CheckpointReader
-    engine: Engine
-    components: Components
-    config: CheckpointConfig
-    options: LoadOptions
-    path: str
-    progress: Callable[[int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -68,9 +57,22 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
         return matched[0].report.unexpected
 
     unexpected = set(_together(agreement, f"{key}/names", load, match))
+    planned: list[Request] = []
+
+    def plan() -> list[str]:
+        planned.extend(_plan_here(load, matched[0], unexpected))
+        return [share.fingerprint(planned), str(share.size_of(planned))]
+
+    group: list[int] = []
+    if may_share(agreement.world_size, load):
+        least = 0 if load.config.share_loads == "always" else share.LEAST_BYTES
+        answer = _together(agreement, f"{key}/share", load, plan, lambda offers: group_offers(offers, least))
+        group = next((ranks for ranks in msgspec.json.decode(answer[0]) if agreement.rank in ranks), [])
 
     def read() -> list[str]:
-        _read_here(load, matched[0], unexpected)
+        if not planned:
+            plan()
+        read_planned(agreement, f"{key}/bytes", load, planned, group)
         return []
 
     def place() -> list[str]:
@@ -158,11 +160,11 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-def _read_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
-    report, state, reader, options = matched.report, matched.state, load.reader, load.options
+def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[Request]:
+    report, state, options = matched.report, matched.state, load.options
     report.unexpected = sorted(unexpected)
     _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
-    reader.read(_wants(state, matched.extras, report), threads=load.config.threads, progress=load.progress)
+    return load.reader.plan(_wants(state, matched.extras, report))
 
 
 def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
