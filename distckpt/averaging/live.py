@@ -55,7 +55,8 @@ class LiveWeights:
         self.average_buffers = average_buffers
         self.names: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
-        self._watched: list[tuple[Any, Any, torch.Tensor, int]] = []
+        self._homes: list[tuple[dict[str, Any], list[int]]] = []
+        self._addresses: list[tuple[torch.Tensor, int]] = []
 
     def look(self) -> Live:
         """Return where everything lies now; reshards what a forward pass left unsharded (FSDP2).
@@ -77,10 +78,9 @@ class LiveWeights:
         return Live(averaged, aliases, followed, tuple(self._buffers(state)))
 
     def moved(self) -> bool:
-        """Whether any averaged tensor is no longer where ``look`` found it; asked before every update, so it is cheap."""
-        return any(
-            (home is not None and home.get(key) is not tensor) or _address(tensor) != address
-            for home, key, tensor, address in self._watched
+        """Whether a module, a parameter or its memory is another than ``look`` found; asked before every update."""
+        return any([id(value) for value in home.values()] != ids for home, ids in self._homes) or any(
+            _address(tensor) != address for tensor, address in self._addresses
         )
 
     def written(self) -> None:
@@ -150,22 +150,18 @@ class LiveWeights:
                 yield buffer.detach()
 
     def _watch(self, parameters: Mapping[str, nn.Parameter], averaged: Mapping[str, TensorLeaf]) -> None:
-        self._watched = []
-        if isinstance(self.engine, DeepSpeedEngine):
+        if isinstance(self.engine, DeepSpeedEngine):  # its partitions stay what they are; offloading moves their memory
             partitions = self.engine.partitions()
             held = {id(slot.param) for partition in partitions for slot in partition.slots}
-            flats = [partition.flat for partition in partitions]
             rest = [getattr(p, "ds_tensor", p) for n, p in parameters.items() if n in averaged and id(p) not in held]
-            self._watched = [(None, None, tensor, _address(tensor)) for tensor in (*flats, *rest)]
-            return
-        owners = {id(parameters[name]) for name in averaged if name in parameters}
-        for module in self.module.modules():
-            for home in (module._parameters, module._buffers):
-                for key, tensor in home.items():
-                    if tensor is not None and (
-                        id(tensor) in owners or (home is module._buffers and self.average_buffers)
-                    ):
-                        self._watched.append((home, key, tensor, _address(tensor)))
+            tensors = [*(partition.flat for partition in partitions), *rest]
+        else:
+            tensors = [parameters[name] for name in averaged if name in parameters]
+            if self.average_buffers:
+                tensors += [buffer for buffer in self.module.buffers() if buffer.numel()]
+            homes = [home for m in self.module.modules() for home in (m._modules, m._parameters) if home]
+            self._homes = [(home, [id(value) for value in home.values()]) for home in homes]
+        self._addresses = [(tensor, _address(tensor)) for tensor in tensors]
 
 
 def _followed(state: State, averaged: Collection[str]) -> dict[str, TensorLeaf]:
