@@ -13,6 +13,7 @@ _HOMES = {
     "Checkpoint": "distckpt.format.checkpoint",
     "open_checkpoint": "distckpt.format.checkpoint",
     "list_checkpoints": "distckpt.format.checkpoint",
+    "EMAModel": "distckpt.averaging.ema",
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
 }
@@ -20,6 +21,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
     from distckpt.format.checkpoint import Checkpoint as Checkpoint

@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         """See ``Engine.state``. ``model.<FQN>`` of a trained parameter is its fp32 master."""
         self._check_in_place()
         state = State()
-        partitions = self._partitions()
+        partitions = self.partitions()
         self._add_parameters(state, partitions)
         self._add_other_entries(state)
         if optimizer and partitions:
@@ -85,7 +85,8 @@ class DeepSpeedEngine:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             yield clean_fqn(name), parameter
 
-    def _partitions(self) -> list[zero.Partition]:
+    def partitions(self) -> list[zero.Partition]:
+        """Return where this rank's masters and their parameters lie."""
         names: dict[int, str] = {}
         for fqn, parameter in self._named():
             names.setdefault(id(parameter), fqn)
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
 
     def prepare(self, saved: Saved, *, optimizer: bool) -> State:
         """See ``Engine.prepare``. State that the checkpoint has and this rank not yet is allocated like its partition."""
-        partitions = self._partitions()
+        partitions = self.partitions()
         optimizer = optimizer and bool(partitions)
         if optimizer:
             self._optimizer.allocate(saved, partitions)
@@ -152,7 +153,7 @@ class DeepSpeedEngine:
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
         """See ``Engine.finish``. Collective: the low-precision weights are made again from the masters on all ranks."""
-        partitions = self._partitions()
+        partitions = self.partitions()
         if optimizer and partitions:
             self._optimizer.finish(loaded, objects, partitions)
         self._finish_other_entries(loaded, objects)
