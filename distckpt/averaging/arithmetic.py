@@ -51,20 +51,35 @@ def add(total: torch.Tensor, values: torch.Tensor, weight: float, scratch: torch
     ``scratch``: at least ``PIECE`` elements of ``total``'s dtype.
     """
     for target, part in zip(_pieces(total), _pieces(values), strict=True):
+        if weight == 1.0 and not first:
+            target.add_(part)
+            continue
         term = target if first else scratch[: part.numel()]
         term.copy_(part)
-        term.mul_(weight)
+        if weight != 1.0:
+            term.mul_(weight)
         if not first:
             target.add_(term)
 
 
-def rounded(total: torch.Tensor, out: torch.Tensor) -> bool:
-    """Round a total into ``out``, once; returns whether everything there is finite."""
+def rounded(total: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> bool:
+    """Round ``scale`` times a total (which is overwritten) into ``out``, once; returns whether all of that is finite."""
     finite = True
     for source, target in zip(_pieces(total), _pieces(out), strict=True):
+        if scale != 1.0:
+            source.mul_(scale)
         target.copy_(source)
-        finite = finite and all_finite(target)
+        finite = finite and (_surely_finite(source, target.dtype) or all_finite(target))
     return finite
+
+
+def _surely_finite(values: torch.Tensor, out: torch.dtype) -> bool:
+    """Whether all values lie within ``out``'s range, by one pass; False also where that is not known (complex)."""
+    if values.is_complex():
+        return False
+    low, high = torch.aminmax(values)  # NaN, if there is one
+    limit = torch.finfo(out).max
+    return bool(-limit <= low) and bool(high <= limit)
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -158,14 +158,41 @@ class Blend:
 
     def _average(self, name: str, mixed: Mixed, box: Box, first: int, last: int, view: memoryview) -> None:
         wide = torch_dtype(accumulator(mixed.dtype))
-        with self._pool.lend() as raw, self._pool.lend() as sum_, self._pool.lend() as rest:
-            total = _tensor(sum_[: (last - first) * wide.itemsize], wide)
-            scratch = _tensor(rest[: PIECE * wide.itemsize], wide)
-            for index, (member, stream) in enumerate(zip(self.members, mixed.streams, strict=True)):
-                values = self._values(stream, box, first, last, raw)
-                add(total, values, member.weight, scratch, first=index == 0)
-            if not rounded(total, _tensor(view, torch_dtype(mixed.dtype))):
+        out = _tensor(view, torch_dtype(mixed.dtype))
+        with self._pool.lend() as raw, self._pool.lend() as buffer:
+            total = _tensor(buffer[: (last - first) * wide.itemsize], wide)
+            if len(set(self.weights)) > 1:
+                self._sum(mixed, box, first, last, self.weights, raw, total)
+                finite = rounded(total, out)
+            else:  # equal weights: one multiplication, of the sum
+                self._sum(mixed, box, first, last, [1.0] * len(self.members), raw, total)
+                finite = rounded(total, out, self.weights[0])
+                if not finite and mixed.dtype in ("bfloat16", "float64"):
+                    # A sum may leave the range where the mean does not (masks of the least bfloat16). Element by element,
+                    # so that what becomes of one does not depend on its neighbours.
+                    kept, good = out.clone(), torch.isfinite(total)
+                    self._sum(mixed, box, first, last, self.weights, raw, total)
+                    finite = rounded(total, out)
+                    out.copy_(torch.where(good, kept, out))
+            if not finite:
                 self._explain(name, mixed, box, first, last, raw)
+
+    def _sum(
+        self,
+        mixed: Mixed,
+        box: Box,
+        first: int,
+        last: int,
+        weights: Sequence[float],
+        raw: memoryview,
+        total: torch.Tensor,
+    ) -> None:
+        """Put the weighted sum of elements [first, last) of the box into ``total``."""
+        with self._pool.lend() as rest:
+            scratch = _tensor(rest[: PIECE * total.itemsize], total.dtype)
+            for index, (stream, weight) in enumerate(zip(mixed.streams, weights, strict=True)):
+                values = self._values(stream, box, first, last, raw)
+                add(total, values, weight, scratch, first=index == 0)
 
     @staticmethod
     def _values(stream: Stream, box: Box, first: int, last: int, buffer: memoryview) -> torch.Tensor:
