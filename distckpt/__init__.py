@@ -15,11 +15,13 @@ _HOMES = {
     "list_checkpoints": "distckpt.format.checkpoint",
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
+    "average_checkpoints": "distckpt.averaging.average",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
     from distckpt.format.checkpoint import Checkpoint as Checkpoint
