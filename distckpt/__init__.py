@@ -16,11 +16,13 @@ _HOMES = {
     "EMAModel": "distckpt.averaging.ema",
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
+    "average_checkpoints": "distckpt.averaging.average",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler

@@ -1,4 +1,5 @@
-"""Averages of weights: while training (EMA, on each rank's own shards), of checkpoints, of live replicas.
+"""Averages of weights: while training (EMA, on each rank's own shards), and of checkpoints on storage, streamed.
 
-May import ``engines``, ``dcp`` and ``format``; knows nothing of metrics or of selection. Start at ``ema.py``.
+Start at ``ema.py`` and ``average.py``; ``blend.py`` is an average that is not written yet, ``soup.py`` chooses what goes
+into one.
 """
