@@ -143,7 +143,7 @@ class Evaluation:
         """Return plain JSON; ``home`` is left out, and a digest covers the rest."""
         body = _plain(replace(self, home=None))
         del body["home"]
-        body["metrics"] = typed_json.encode(dict(self.metrics), where="$.metrics")
+        body["metrics"] = typed_json.encode(dict(sorted(self.metrics.items())), where="$.metrics")
         return {"format": "distckpt evaluation", "version": VERSION, "digest": _body_digest(body), "evaluation": body}
 
     @classmethod

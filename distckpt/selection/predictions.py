@@ -221,7 +221,12 @@ def merge(parts: Sequence[Predictions], rows: int) -> tuple[Predictions, int]:
     return joined.take(np.argsort(joined.ids)), sum(map(len, kept)) - rows
 
 
-def _concatenate(parts: Sequence[Predictions]) -> Predictions:
+def concatenated(a: Predictions, b: Predictions) -> Predictions:
+    """Return the rows of a, then those of b, with new ids; both must have the same fields."""
+    return _concatenate([a, b], renumber=True)
+
+
+def _concatenate(parts: Sequence[Predictions], *, renumber: bool = False) -> Predictions:
     first = parts[0]
     found: dict[str, Any] = {}
     for name in _DTYPES:
@@ -230,6 +235,8 @@ def _concatenate(parts: Sequence[Predictions]) -> Predictions:
     for name in ("texts", "references"):
         if getattr(first, name) is not None:
             found[name] = [text for part in parts for text in getattr(part, name)]
+    if renumber:
+        found["ids"] = np.arange(len(found["ids"]))
     return Predictions(**found, classes=first.classes)
 
 

@@ -56,15 +56,15 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def torchrun_ranks() -> Iterator[None]:
-    """Join the ranks that ``torchrun`` started, if it started this process; they talk through its store alone."""
+def torchrun_ranks() -> Iterator[bool]:
+    """Join the ranks that ``torchrun`` started, if it started this process; yields whether this is rank 0."""
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
+        yield not dist.is_initialized() or dist.get_rank() == 0
         return
     dist.init_process_group("gloo")
     try:
-        yield
+        yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
