@@ -11,7 +11,7 @@ import numpy as np
 
 from distckpt.errors import ConfigError
 from distckpt.selection.cache import load_predictions
-from distckpt.selection.evaluation import Costs, Evaluation, value_and_n
+from distckpt.selection.evaluation import Costs, Evaluation, costs_of, value_and_n
 from distckpt.selection.predictions import Array, Predictions
 from distckpt.selection.rules import Rule, as_rule, choose, eligible
 from distckpt.selection.statistics import Interval, check_paired, interval_of, wilson
@@ -89,7 +89,7 @@ def bootstrap_choice(
     pairs = [one if isinstance(one, tuple) else (one, kept_predictions(one)) for one in candidates]
     for _, predictions in pairs[1:]:
         check_paired(pairs[0][1], predictions)
-    tables = [_tables(predictions, parsed, costs) for _, predictions in pairs]
+    tables = [_tables(predictions, parsed, costs or costs_of(one)) for one, predictions in pairs]
     n = len(pairs[0][1])
     whole = _draw(pairs, tables, np.ones((1, n)), np.arange(n)[None])[0]
     winner = _winner(parsed, whole, confidence)

@@ -17,7 +17,7 @@ import torch
 from distckpt import clock
 from distckpt.errors import ConfigError
 from distckpt.format.digest import digest
-from distckpt.selection.evaluation import CheckpointId, Evaluation, EvaluatorId
+from distckpt.selection.evaluation import CheckpointId, Evaluation, EvaluatorId, costs_of
 from distckpt.selection.metrics import Custom, measure
 from distckpt.selection.predictions import Array, Predictions, log_softmax
 from distckpt.selection.statistics import check_paired
@@ -95,8 +95,7 @@ def ensemble_evaluations(
             f"an ensemble of evaluations on different rows: {', '.join(sorted({str(one.data) for one in members}))}"
         )
     made = ensemble_predictions([kept_predictions(one) for one in members], weights, average)
-    costs = {(true, said): cost for true, said, cost in first.costs}
-    found = measure(made, custom=metrics, costs=costs or None)
+    found = measure(made, custom=metrics, costs=costs_of(first))
     content = digest(repr([(one.checkpoint.digest, one.checkpoint.prefix) for one in members] + list(shares)).encode())
     title = name or f"ensemble of {len(members)} ({average}{'' if weights is None else ', weighted'})"
     nbytes = sum(one.checkpoint.nbytes for one in members)

@@ -204,6 +204,11 @@ def class_slugs(classes: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
+def costs_of(evaluation: Evaluation) -> Costs | None:
+    """Return the costs that the evaluation was made with, None for none."""
+    return {(true, said): cost for true, said, cost in evaluation.costs} or None
+
+
 def value_and_n(evaluation: Evaluation, metric: str) -> str:
     """Return ``0.8700 (348/400)``, or ``0.3112 (n=1200)``, or ``undefined (0/0)``."""
     value, n = evaluation.metrics.get(metric), evaluation.n.get(metric, 0)

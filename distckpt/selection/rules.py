@@ -298,9 +298,14 @@ def _best(clause: Best, left: list[C]) -> tuple[list[C], Stage]:
     for _, value in have:
         if (value > top) if clause.mode == "max" else (value < top):
             top = value
-    kept = [candidate for candidate, value in have if value == top or abs(value - top) <= within]
+    kept = [candidate for candidate, value in have if value == top or -within <= _gap(value, top) <= within]
     dropped = tuple(candidate.name for candidate, _ in have if candidate not in kept)
     return kept, Stage(str(clause), _names(kept), dropped, missing, len(kept) > 1)
+
+
+def _gap(a: Any, b: Any) -> Number:
+    found: Number = a - b
+    return found
 
 
 def _prefer(clause: Prefer, left: list[C]) -> tuple[list[C], Stage]:

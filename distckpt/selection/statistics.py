@@ -15,7 +15,7 @@ import numpy as np
 
 from distckpt.errors import ConfigError, IncompatibleState, optional
 from distckpt.manager.ranking import check_mode
-from distckpt.selection.evaluation import Costs, Evaluation
+from distckpt.selection.evaluation import Costs, Evaluation, costs_of
 from distckpt.selection.metrics import class_index
 from distckpt.selection.predictions import Array, Predictions, concatenated
 from distckpt.selection.thresholds import kept_predictions
@@ -88,9 +88,8 @@ def interval_of(
         return wilson(counts[0], counts[1], confidence)
     if evaluation is None or evaluation.predictions is None:
         return None
-    costs = {(true, said): cost for true, said, cost in evaluation.costs}
     return bootstrap_interval(
-        kept_predictions(evaluation), metric, costs=costs or None, confidence=confidence, resamples=resamples, seed=seed
+        kept_predictions(evaluation), metric, costs=costs_of(evaluation), confidence=confidence, resamples=resamples, seed=seed
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from distckpt.errors import ConfigError
 from distckpt.selection.cache import load_predictions
-from distckpt.selection.evaluation import Costs, Evaluation, Threshold
+from distckpt.selection.evaluation import Costs, Evaluation, Threshold, costs_of
 from distckpt.selection.metrics import at_threshold, class_index, cost_table, measure
 from distckpt.selection.predictions import Array, Predictions
 
@@ -88,9 +88,7 @@ def with_threshold(
     evaluation: Evaluation, predictions: Predictions, threshold: Threshold, *, costs: Costs | None = None
 ) -> Evaluation:
     """Return the evaluation with every metric at this threshold; own metrics are left out where they cannot be redone."""
-    if costs is None:
-        costs = {(true, said): cost for true, said, cost in evaluation.costs}
-    found = measure(at_threshold(predictions, threshold), costs=costs or None)
+    found = measure(at_threshold(predictions, threshold), costs=costs or costs_of(evaluation))
     return replace(
         evaluation,
         metrics=found.metrics,
