@@ -17,6 +17,8 @@ _HOMES = {
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
     "average_checkpoints": "distckpt.averaging.average",
+    "evaluate_checkpoints": "distckpt.selection.evaluate",
+    "select_top_k_by_metric": "distckpt.selection.select",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from distckpt.format.checkpoint import open_checkpoint as open_checkpoint
     from distckpt.manager.manager import CheckpointManager as CheckpointManager
     from distckpt.manager.resume import resume_training as resume_training
+    from distckpt.selection.evaluate import evaluate_checkpoints as evaluate_checkpoints
+    from distckpt.selection.select import select_top_k_by_metric as select_top_k_by_metric
 
 
 def __getattr__(name: str) -> Any:
