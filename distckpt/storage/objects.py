@@ -84,7 +84,7 @@ class ObjectStore:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """See ``Store.read``."""
-        content = self.bucket.get(self._key(name), offset, size)
+        content = bytes(self.bucket.get(self._key(name), offset, size))
         self._count("opens", 1)
         self._count("bytes_read", len(content))
         return content

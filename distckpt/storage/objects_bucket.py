@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distckpt import clock
@@ -79,23 +80,23 @@ class Bucket:
             raise NotFound(errno.ENOENT, "look at: no such object", self.where(key))
         return int(found["size"])
 
-    def get(self, key: str, offset: int, size: int | None) -> bytes:
+    def get(self, key: str, offset: int, size: int | None) -> memoryview:
         """Return ``size`` bytes (None: all) from ``offset``; a range that reaches past the end is a ``StoreError``."""
         if offset < 0 or (size is not None and size <= 0):  # ranges that no service takes
             check_range(self.where(key), offset, size, self.size(key))
-            return b""
+            return memoryview(b"")
         options: dict[str, Any] = {}
         if size is not None:
             options["range"] = (offset, offset + size)
         elif offset:
             options["range"] = {"offset": offset}
 
-        def ask() -> bytes:
+        def ask() -> memoryview:
             import obstore
 
             found = obstore.get(self._clients().steady, key, options=options or None)  # type: ignore[arg-type]
             check_range(self.where(key), offset, size, found.meta["size"])
-            return bytes(found.bytes())
+            return memoryview(found.bytes())
 
         try:
             return self._asked("read", key, ask)
@@ -103,35 +104,23 @@ class Bucket:
             if error.__cause__ is None or not is_past_the_end(error.__cause__):
                 raise
             check_range(self.where(key), offset, size, self.size(key))
-            return b""  # all of the rest, from the very end
+            return memoryview(b"")  # all of the rest, from the very end
 
     def fill(self, key: str, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``; a large one by ranged reads of one part each, ``in_flight`` at a time."""
         step = self.settings.part_bytes
+
+        def fetch(start: int) -> None:
+            part = view[start : start + step]
+            part[:] = self.get(key, offset + start, len(part))
+
         if len(view) <= step:
-            view[:] = self.get(key, offset, len(view))
+            fetch(0)
             return
-        check_range(self.where(key), offset, len(view), self.size(key))
-        batch = step * self.settings.in_flight
-        for start in range(0, len(view), batch):
-            self._fill_parallel(key, offset + start, view[start : start + batch])
-
-    def _fill_parallel(self, key: str, offset: int, view: memoryview) -> None:
-        step = self.settings.part_bytes
-        starts = range(0, len(view), step)
-        lengths = [min(step, len(view) - start) for start in starts]
-
-        def ask() -> None:
-            import obstore
-
-            at = [offset + start for start in starts]
-            found = obstore.get_ranges(self._clients().steady, key, starts=at, lengths=lengths, coalesce=0)
-            for start, wanted, data in zip(starts, lengths, found, strict=True):
-                got = memoryview(data)
-                check_range(self.where(key), 0, wanted, len(got))
-                view[start : start + wanted] = got
-
-        self._asked("read", key, ask)
+        # Not obstore.get_ranges: it joins ranges that touch into one request.
+        with ThreadPoolExecutor(self.settings.in_flight, thread_name_prefix="distckpt-ranges") as pool:
+            for done in [pool.submit(fetch, start) for start in range(0, len(view), step)]:
+                done.result()
 
     def walk(self, folder: str, *, at_most: int | None = None, flat: bool = False) -> list[Any]:
         """Return obstore's facts about all objects below a folder, sorted by key.

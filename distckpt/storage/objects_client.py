@@ -99,22 +99,23 @@ def is_hopeless(error: BaseException) -> bool:
     """Whether asking again cannot help: refused, malformed, unsupported, no such bucket."""
     if type(error).__name__ in _HOPELESS:
         return True
-    status = _STATUS.search(str(error))
-    return status is not None and int(status[1]) not in _AGAIN and int(status[1]) < 500
+    status = _status(error)
+    return status is not None and status not in _AGAIN and status < 500
 
 
 def is_past_the_end(error: BaseException) -> bool:
     """Whether a read failed because its range begins at or after the end of the object."""
-    status = _STATUS.search(str(error))
-    return status is not None and status[1] == "416"
+    return _status(error) == 416
 
 
 def refuses_conditions(error: BaseException) -> bool:
     """Whether the store says that it has no conditional put."""
-    status = _STATUS.search(str(error))
-    return type(error).__name__ in ("NotSupportedError", "NotImplementedError") or (
-        status is not None and status[1] == "501"
-    )
+    return type(error).__name__ in ("NotSupportedError", "NotImplementedError") or _status(error) == 501
+
+
+def _status(error: BaseException) -> int | None:
+    found = _STATUS.search(str(error))
+    return None if found is None else int(found[1])
 
 
 def object_error(error: BaseException, operation: str, where: str, scheme: str) -> StoreError:
@@ -127,7 +128,7 @@ def object_error(error: BaseException, operation: str, where: str, scheme: str) 
         return StoreError(errno.ENXIO, f"{operation}: there is no such bucket ({service}); check the URL", where)
     if isinstance(error, FileNotFoundError):
         return NotFound(errno.ENOENT, f"{operation}: no such object", where)
-    if type(error).__name__ in _REFUSED:
+    if type(error).__name__ in _REFUSED or _status(error) in (401, 403):
         advice = f"{service} refused it: check {variables} and the rights on the bucket"
         return StoreError(errno.EACCES, f"{operation}: {advice} ({reason_of(error)})", where)
     if _NO_CREDENTIALS.search(text):
