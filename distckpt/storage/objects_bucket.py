@@ -118,9 +118,12 @@ class Bucket:
             fetch(0)
             return
         # Not obstore.get_ranges: it joins ranges that touch into one request.
-        with ThreadPoolExecutor(self.settings.in_flight, thread_name_prefix="distckpt-ranges") as pool:
+        pool = ThreadPoolExecutor(self.settings.in_flight, thread_name_prefix="distckpt-ranges")
+        try:
             for done in [pool.submit(fetch, start) for start in range(0, len(view), step)]:
                 done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def walk(self, folder: str, *, at_most: int | None = None, flat: bool = False) -> list[Any]:
         """Return obstore's facts about all objects below a folder, sorted by key.
