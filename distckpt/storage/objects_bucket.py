@@ -18,6 +18,7 @@ from distckpt.clock import Deadline
 from distckpt.config import ObjectStoreConfig
 from distckpt.errors import AlreadyExists, ConfigError, NotFound, StoreError
 from distckpt.storage.objects_client import (
+    SERVICES,
     Clients,
     check_process,
     is_hopeless,
@@ -45,6 +46,7 @@ class Bucket:
 
     def __init__(self, scheme: str, name: str, settings: ObjectStoreConfig) -> None:
         self.url = f"{scheme}://{name}"
+        self.service = SERVICES[scheme][0]
         self.settings = settings
         self._scheme, self._name = scheme, name
         self._lock, self._probing = threading.Lock(), threading.Lock()
