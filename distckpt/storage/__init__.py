@@ -13,7 +13,17 @@ from distckpt.storage.objects import ObjectStore, parse_object_url
 from distckpt.storage.objects_client import SERVICES
 from distckpt.storage.posix import PosixStore
 
-__all__ = ["Capabilities", "Entry", "MemoryStore", "ObjectStore", "PosixStore", "Store", "Writer", "open_store"]
+__all__ = [
+    "Capabilities",
+    "Entry",
+    "MemoryStore",
+    "ObjectStore",
+    "PosixStore",
+    "Store",
+    "Writer",
+    "check_location",
+    "open_store",
+]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
@@ -29,9 +39,8 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     text = os.fspath(url)
     if not text or "\0" in text:
         raise ConfigError(f"storage location {text!r}: give a folder or a URL")
+    check_location(text)
     match = _URL.fullmatch(text) if isinstance(url, str) else None
-    if match is None and text.startswith(tuple(f"{scheme}:/" for scheme in SERVICES)):
-        raise ConfigError(f"storage location {text!r}: a URL has two slashes; give it as text, a Path drops one")
     if match is None:
         return PosixStore(text)
     scheme, rest = match[1].lower(), match[2]
@@ -50,3 +59,9 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     raise ConfigError(
         f"storage location {text!r}: no store for {scheme}://; use a folder, file://, s3://, gs://, az:// or memory://"
     )
+
+
+def check_location(text: str) -> None:
+    """Refuse what was a URL before it became a ``Path``, which would be a local folder; raises ``ConfigError``."""
+    if text.startswith(tuple(f"{scheme}:/" for scheme in SERVICES)) and "://" not in text:
+        raise ConfigError(f"storage location {text!r}: a URL has two slashes; give it as text, a Path drops one")

@@ -257,6 +257,13 @@ def test_open_store_of_a_relative_path_stays_put(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "run" / "x").read_bytes() == b"1"
 
 
+def test_a_url_that_lost_a_slash_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="two slashes"):
+        open_store(Path("s3://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_open_store_touches_nothing(tmp_path: Path) -> None:
     store = open_store(tmp_path / "run")
     assert names(store) == []
