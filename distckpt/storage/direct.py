@@ -24,8 +24,9 @@ REQUEST = 8 << 20
 DIRECT_READ = 1 << 20
 """Reads of at least this many bytes go past the page cache, unless it has them."""
 
-_libc = ctypes.CDLL(None)  # its calls let go of the interpreter lock
-_libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+copy_memory = ctypes.CDLL(None).memmove  # lets go of the interpreter lock
+"""Copy bytes: target address, source address, number."""
+copy_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -132,7 +133,7 @@ def _fill(direct: int, view: memoryview, offset: int, done: int, buffer: memoryv
         useful = min(got - skip, len(view) - done)
         if useful <= 0:
             return done
-        _libc.memmove(address(view[done:]), address(buffer) + skip, useful)
+        copy_memory(address(view[done:]), address(buffer) + skip, useful)
         done += useful
     return done
 
