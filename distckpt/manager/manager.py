@@ -186,7 +186,7 @@ class CheckpointManager:
             stored = {"epoch": epoch, "metrics": metrics, "config": model_config}
             job = self._job(step, stored, extra_state, background)
             if background:
-                self._saver.submit(job, str(step))
+                self._saver.submit(job, str(step), self.pipeline.hurry)
                 self._submitted = True
             else:
                 job()

@@ -123,6 +123,12 @@ class SavePipeline:
             finally:
                 self.forget()
 
+    def hurry(self) -> None:
+        """Have a lazy copy under way take no more rests: somebody waits for the save."""
+        copy = self._copy
+        if copy is not None:
+            copy.hurry()
+
     def forget(self) -> None:
         """Let go of the last lazy copy, and so of the tensors that it was made from: it is over, and was told of."""
         self._copy = None

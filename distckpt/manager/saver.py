@@ -26,6 +26,7 @@ class BackgroundSaver:
     def __init__(self, nice: int = 0) -> None:
         """``nice`` is added to the thread's nice value, and so to that of every thread which a job starts."""
         self._nice = nice
+        self._hurry: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._registered = False
@@ -35,10 +36,11 @@ class BackgroundSaver:
         """Whether a job is running."""
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, job: Callable[[], None], name: str) -> None:
-        """Start a job; the one before must be over (``join`` first)."""
+    def submit(self, job: Callable[[], None], name: str, hurry: Callable[[], None] = lambda: None) -> None:
+        """Start a job; the one before must be over (``join`` first). ``hurry`` is called when somebody waits for it."""
         assert not self.busy, "a save is in flight"
         self._wait_at_exit()
+        self._hurry = hurry
         go = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(job, go), name=f"distckpt-save-{name}", daemon=False)
         self._thread.start()
@@ -47,6 +49,7 @@ class BackgroundSaver:
     def join(self, timeout_s: float) -> None:
         """Wait for the job to end; ``AgreementTimeout`` if it does not within that many seconds."""
         if self._thread is not None:
+            self._hurry()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise AgreementTimeout(

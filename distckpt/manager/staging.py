@@ -46,7 +46,9 @@ class StagingArena:
         On return the copies are complete: the caller may change the originals. Work already queued on the current
         stream of a device is part of the snapshot.
         """
-        return self.begin(pieces, views).staged
+        now, _ = self._copies(pieces, views, ())
+        now.synchronize()
+        return now.staged
 
     def begin(self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str] = ()) -> StateCopy:
         """Copy as ``stage`` does, except for the tensors named in ``settled``: what is returned is left to copy them.
@@ -54,6 +56,18 @@ class StagingArena:
         Until its ``settle`` has returned those may not be changed. Tensors of which torch would not tell whether they
         were (inference tensors, devices other than CUDA) are copied at once all the same.
         """
+        now, later = self._copies(pieces, views, settled)
+        now.order_streams()
+        return later
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._image = torch.empty(0, dtype=torch.uint8)
+
+    def _copies(
+        self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str]
+    ) -> tuple[StateCopy, StateCopy]:
+        """Return what is copied by now, except on side streams, and what is left."""
         starts, sizes = self._place(pieces)
         total = sum(sizes)
         self._reserve(total, pinned=any(view.is_cuda for view in views))
@@ -65,14 +79,11 @@ class StagingArena:
         for piece, view, start, size in zip(pieces, views, starts, sizes, strict=True):
             if size:
                 wait = piece.fqn in settled and view.device.type in ("cpu", "cuda") and not view.is_inference()
-                (later if wait else now).append((piece.fqn, view, self._image[start : start + size]))
-        self.copied_at_once = sum(room.numel() for _, _, room in now)
-        StateCopy(now, streams, staged).run(min(copy_threads(), -(-self.copied_at_once // CHUNK)))
-        return StateCopy(later, streams, staged, Watch(later))
-
-    def release(self) -> None:
-        """Give the memory back."""
-        self._image = torch.empty(0, dtype=torch.uint8)
+                (later if wait else now).append((piece.fqn, view, start, size))
+        self.copied_at_once = sum(size for *_, size in now)
+        at_once = StateCopy(now, self._image, streams, staged)
+        at_once.run(min(copy_threads(), -(-self.copied_at_once // CHUNK)))
+        return at_once, StateCopy(later, self._image, streams, staged, Watch(later))
 
     def _place(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
         if self._placed[0] is not pieces:  # a steady job keeps its plan
@@ -100,7 +111,8 @@ class StagingArena:
 def copy_threads() -> int:
     """Return how many threads of this rank copy at once while training waits: its share of the CPUs, at most four."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    share = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdigit() else 1)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cpus // max(1, int(ranks) if ranks.isdigit() else 1)
     return max(1, min(MOST_THREADS, share))
 
 

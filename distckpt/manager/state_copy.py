@@ -24,11 +24,11 @@ CHUNK = 8 << 20
 SAMPLES = 64
 WORD = 8
 
-Task: TypeAlias = tuple[str, torch.Tensor, torch.Tensor]
-"""FQN, the tensor to copy, and its room: as many bytes of the image."""
+Task: TypeAlias = tuple[str, torch.Tensor, int, int]
+"""FQN, the tensor to copy, and where in the image: first byte, number of bytes."""
 Streams: TypeAlias = Mapping[torch.device, torch.cuda.Stream]
-_Move: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None, int, int, int]
-"""FQN, tensor, its room (None: bytes from address to address), target, source, number of bytes."""
+_Move: TypeAlias = tuple[str, torch.Tensor, int | None, int, int]
+"""FQN, tensor, address of its bytes (None: torch has to put them in order), first byte in the image, number of bytes."""
 
 
 class Watch:
@@ -40,10 +40,10 @@ class Watch:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._versions = [(fqn, tensor, tensor._version) for fqn, tensor, _ in tasks]
+        self._versions = [(fqn, tensor, tensor._version) for fqn, tensor, *_ in tasks]
         step = max(1, len(tasks) // SAMPLES)
         self._words = [
-            (fqn, tensor, _middle_word(tensor)) for fqn, tensor, _ in tasks[::step] if _is_plain_memory(tensor)
+            (fqn, tensor, _middle_word(tensor)) for fqn, tensor, *_ in tasks[::step] if _is_plain_memory(tensor)
         ]
 
     def changed(self) -> list[str]:
@@ -59,11 +59,19 @@ class StateCopy:
     ``staged`` is its result, of which nothing may be used before ``check`` has returned.
     """
 
-    def __init__(self, tasks: Sequence[Task], streams: Streams, staged: Staged, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        image: torch.Tensor,
+        streams: Streams,
+        staged: Staged,
+        watch: Watch | None = None,
+    ) -> None:
         self.staged = staged
         self.changed: tuple[str, ...] = ()
         """FQNs of what was found changed while it should not have been."""
         self._chunks = _chunks(tasks)
+        self._image = image
         self._streams = streams
         self._watch = watch
         self._lock = threading.Condition()
@@ -79,20 +87,36 @@ class StateCopy:
         return self._error is not None
 
     def run(self, threads: int) -> None:
-        """Copy everything on so many threads while the caller waits; raises ``SnapshotFailed``."""
+        """Copy everything on so many threads while the caller waits; raises ``SnapshotFailed``.
+
+        Device copies are then under way: ``synchronize`` waits for them, after ``order_streams`` the device does.
+        """
         run_all(lambda _: self._work(0.0), range(threads), threads, "stage")
-        self._synchronize()
         if self._error is not None:
             raise self._failure() from self._error
+
+    def synchronize(self) -> None:
+        """Wait for device copies."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def order_streams(self) -> None:
+        """Have whatever the caller queues from now on run after the device copies so far."""
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def complete(self, pause: float, timeout_s: float) -> None:
         """Copy what nobody else does, resting ``pause`` times as long after each chunk; errors are kept for ``check``."""
         self._work(pause)
         try:
             self._wait(timeout_s)
-            self._synchronize()
+            self.synchronize()
         except BaseException as error:
             self._fail(error)
+
+    def hurry(self) -> None:
+        """Let ``complete`` rest no more."""
+        self._hurry.set()
 
     def settle(self, timeout_s: float) -> None:
         """Return when the originals may be changed: all is copied, or the copy has failed and nobody will use it.
@@ -104,8 +128,7 @@ class StateCopy:
             self._work(0.0)
             try:
                 self._wait(timeout_s)
-                for device, stream in self._streams.items():
-                    torch.cuda.current_stream(device).wait_stream(stream)
+                self.order_streams()
             except BaseException as error:
                 self._fail(error)
         with self._lock:
@@ -158,11 +181,11 @@ class StateCopy:
             self._lock.notify_all()
 
     def _move(self, move: _Move) -> None:
-        _, tensor, room, target, source, nbytes = move
-        if room is None:
-            copy_memory(target, source, nbytes)
+        _, tensor, source, start, nbytes = move
+        if source is not None:
+            copy_memory(self._image.data_ptr() + start, source, nbytes)
             return
-        room = room.view(tensor.dtype).view(tensor.shape)
+        room = self._image[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
         stream = self._streams.get(tensor.device)
         if stream is None:
             room.copy_(tensor)
@@ -174,10 +197,6 @@ class StateCopy:
         with self._lock:
             if not self._lock.wait_for(lambda: not self._in_hand, timeout_s):
                 raise TimeoutError(f"not copied within {timeout_s:g} s: {_some(self._in_hand)}")
-
-    def _synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
 
     def _examine(self) -> None:
         """Look for changes, unless they are allowed by now; the lock is held."""
@@ -204,14 +223,14 @@ def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:
     """Yield moves of about ``CHUNK`` bytes in all: many small tensors, or a part of a large one."""
     chunk: list[_Move] = []
     filled = 0
-    for fqn, tensor, room in tasks:
-        nbytes, done = room.numel(), 0
+    for fqn, tensor, start, nbytes in tasks:
+        done = 0
         if not _is_plain_memory(tensor):
-            chunk.append((fqn, tensor, room, 0, 0, nbytes))
+            chunk.append((fqn, tensor, None, start, nbytes))
             filled, done = filled + nbytes, nbytes
         while done < nbytes:
             part = min(nbytes - done, CHUNK - filled)
-            chunk.append((fqn, tensor, None, room.data_ptr() + done, tensor.data_ptr() + done, part))
+            chunk.append((fqn, tensor, tensor.data_ptr() + done, start + done, part))
             filled, done = filled + part, done + part
             if filled == CHUNK:
                 yield chunk

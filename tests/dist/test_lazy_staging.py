@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from distckpt import CheckpointConfig, failpoints, open_checkpoint
+from distckpt.dcp import writer
 from distckpt.engines.step_hook import before_steps
 from distckpt.errors import ConfigError, SaveFailed, SnapshotFailed
 from distckpt.manager import state_copy
@@ -248,6 +249,27 @@ def test_who_waits_takes_the_chunks_itself(tmp_path: Path, monkeypatch: pytest.M
             model.weight.zero_()
         failpoints.record([])
     assert_saved(tmp_path, 1, wanted)
+
+
+def test_background_threads_are_few_and_of_low_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "REQUEST", 4096)
+    found: list[tuple[str, int]] = []
+
+    class Trace(list[str]):
+        def append(self, hit: str) -> None:
+            if hit.startswith(("writer.chunk", "staging.copy")):
+                found.append((threading.current_thread().name, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    model = nn.Linear(200, 200)
+    with lazy(tmp_path, model, threads=6, background_threads=2, background_nice=3) as m:
+        failpoints.record(Trace())
+        m.save(step=1)
+        m.wait()
+        failpoints.record([])
+    assert {nice for _, nice in found} == {min(19, own + 3)}
+    assert len({name for name, _ in found if "write" in name}) == 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 def test_saves_one_after_the_other_and_a_retry_from_the_copy(tmp_path: Path, arm: Callable[[str], None]) -> None:
