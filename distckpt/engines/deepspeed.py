@@ -7,7 +7,7 @@ imported here: the engine object that the user made brings everything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import nn
 from distckpt.dcp.leaves import State
 from distckpt.engines import deepspeed_guard as guard
 from distckpt.engines import zero
-from distckpt.engines.base import MODEL, clean_fqn
+from distckpt.engines.base import MODEL, OPTIM_STATE, clean_fqn
 from distckpt.engines.deepspeed_counters import Counters
 from distckpt.engines.deepspeed_state import PartitionedState
+from distckpt.engines.step_hook import before_steps
 from distckpt.engines.torch import Saved, TorchEngine
 from distckpt.errors import IncompatibleState
 
@@ -80,6 +81,15 @@ class DeepSpeedEngine:
     def trained(self) -> frozenset[str]:
         """See ``Engine.trained``."""
         return frozenset(MODEL + fqn for fqn, parameter in self._named() if parameter.requires_grad)
+
+    def settled(self, state: State) -> frozenset[str]:
+        """See ``StepBound.settled``: masters and optimizer state, which the basic optimizer changes."""
+        masters = {MODEL + slot.fqn for partition in self.partitions() for slot in partition.slots}
+        return frozenset(name for name in state.tensors if name in masters or name.startswith(OPTIM_STATE))
+
+    def before_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """See ``StepBound.before_step``. Every wrapper of DeepSpeed leaves the arithmetic to its basic optimizer's step."""
+        return before_steps(call, (self._optimizer.basic,) if self.partitions() else ())
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):

@@ -188,7 +188,7 @@ def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destina
         _scatter(source, run, box, view, destination)
 
 
-def read_checked(store: Store, source: Source, run: Sequence[Block], view: memoryview) -> None:
+def read_checked(store: Reader, source: Source, run: Sequence[Block], view: memoryview) -> None:
     """Read a run of a source's blocks into the start of ``view``; ``ShardError`` if it cannot be, or is damaged."""
     try:
         damaged = read_run(store, source.path, run, view)

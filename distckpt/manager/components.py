@@ -97,6 +97,14 @@ class Components:
         if self.config.save_rng_state:
             state.add_object(RNG, capture_rng(), PER_RANK)
 
+    def settled(self, state: State) -> frozenset[str]:
+        """Return the FQNs of the tensors of parts that change right after optimizer steps alone.
+
+        A replicated part says so by an attribute ``distckpt_settled = True`` of its class (an EMA, for instance).
+        """
+        prefixes = tuple(f"{n}." for n, p in self.parts.items() if getattr(p, "distckpt_settled", False))
+        return frozenset(name for name in state.tensors if name.startswith(prefixes)) if prefixes else frozenset()
+
     def add_targets(self, state: State, saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Add the live tensors of the parts as targets of a load, where they fit.
 
