@@ -56,6 +56,19 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     header: str
 
 
+class PlanEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job that goes on from here needs besides ``tensors`` to have its plan at once.
+
+    ``id`` stands for the tables of all ranks; ``objects`` are kinds by name, ``sources`` the ranks that send an object,
+    ``shared`` numbers that are equal for objects which the same ranks have.
+    """
+
+    id: str
+    objects: dict[str, str]
+    sources: dict[str, list[Count]]
+    shared: dict[str, Count]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one checkpoint but its tensors' bytes; O(tensors + shards).
 
@@ -81,6 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     provenance: Any
     software: dict[str, str]
     shards: list[ShardEntry]
+    plan: PlanEntry | msgspec.UnsetType = msgspec.UNSET
     signature: str | None = None
     version: tuple[int, int] = VERSION
     format: str = FORMAT
