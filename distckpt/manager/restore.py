@@ -7,7 +7,7 @@ none does. What was loaded, missing, unexpected and re-derived is always reporte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
+from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
 from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
@@ -40,6 +41,8 @@ class Restore:
     options: LoadOptions
     path: str
     progress: Callable[[int], None] | None = None
+    small: Mapping[str, bytes] = field(default_factory=dict)
+    """Values of small tensors that the leader read for all ranks."""
 
 
 @dataclass(slots=True)
@@ -62,12 +65,18 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     to an older checkpoint; live tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
     """
     matched: list[_Matched] = []
+    saved = load.reader.manifest
+    every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
 
     def match() -> list[str]:
         matched.append(_match_here(agreement.rank, agreement.world_size, load))
-        return matched[0].report.unexpected
+        return [offer_names(agreement, every, matched[0].report.unexpected)]
 
-    unexpected = set(_together(agreement, f"{key}/names", load, match))
+    def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
+        return [common_names(agreement, (offer for offers in by_rank for offer in offers))]
+
+    (answer,) = _together(agreement, f"{key}/names", load, match, combine=common)
+    unexpected = names_of(answer, every, matched[0].report.unexpected)
 
     def read() -> list[str]:
         _read_here(load, matched[0], unexpected)
@@ -83,10 +92,6 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     return matched[0].report
 
 
-def _common(by_rank: Sequence[Sequence[str]]) -> list[str]:
-    return sorted(set(by_rank[0]).intersection(*by_rank[1:]))
-
-
 def _all_said(by_rank: Sequence[Sequence[str]]) -> list[str]:
     """Every sentence once, in order of ranks; the rest of very many is only counted."""
     every = list(dict.fromkeys(sentence for said in by_rank for sentence in said))
@@ -98,7 +103,7 @@ def _together(
     key: str,
     load: Restore,
     work: Callable[[], list[str]],
-    combine: Callable[[Sequence[Sequence[str]]], list[str]] = _common,
+    combine: Callable[[Sequence[Sequence[str]]], list[str]] = lambda _: [],
 ) -> list[str]:
     """Do the work on every rank and return all ranks' results combined; one rank's error is every rank's."""
     cause: DistckptError | None = None
@@ -162,7 +167,8 @@ def _read_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
     report, state, reader, options = matched.report, matched.state, load.reader, load.options
     report.unexpected = sorted(unexpected)
     _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
-    reader.read(_wants(state, matched.extras, report), threads=load.config.threads, progress=load.progress)
+    wants = fill_small(_wants(state, matched.extras, report), load.small, reader.manifest)
+    reader.read(wants, threads=load.config.threads, progress=load.progress)
 
 
 def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
