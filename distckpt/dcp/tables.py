@@ -167,7 +167,7 @@ class _Merging:
         if key not in self._joined:
             placements, meshes = key
             ranks = tuple(rank for mesh in meshes for rank in mesh.ranks)
-            grid = Mesh((len(meshes), *meshes[0].shape), ranks)
+            grid = interned(Mesh((len(meshes), *meshes[0].shape), ranks))
             distinct = len(set(ranks)) == len(ranks)
             self._joined[key] = Layout(grid, ("R", *placements)) if distinct else None
         return self._joined[key]

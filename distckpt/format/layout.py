@@ -141,7 +141,7 @@ class Held:
 
 def replicated(ranks: Sequence[int]) -> Layout:
     """Return the layout of a tensor that each of these ranks holds whole."""
-    return Layout(Mesh.flat(ranks), ("R",))
+    return Layout(interned(Mesh.flat(ranks)), ("R",))
 
 
 def _chunk(intervals: tuple[Interval, ...], parts: int, index: int) -> tuple[Interval, ...]:

@@ -21,7 +21,7 @@ from distckpt.format.layout import Layout, Mesh, held_boxes, replicas_at
 
 CUT_BYTES = 1 << 20
 """Boxes up to this size go to one replica whole: cutting them would cost more than it balances."""
-SMALL_BYTES = 16 << 10
+SMALL_BYTES = 64 << 10
 """Boxes up to this size stay with replica 0, as long as all of these together have at most ``SMALL_TOTAL`` bytes."""
 SMALL_TOTAL = 1 << 20
 

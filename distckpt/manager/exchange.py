@@ -74,7 +74,7 @@ def read_small(reader: CheckpointReader) -> dict[str, bytes]:
 
     Empty where any of it is damaged: then each rank finds out for itself, and all say so together.
     """
-    wants = [Want(name, Box.whole(target.shape), target) for name, target in _small(reader).items()]
+    wants = [Want(name, Box.whole(target.shape), target) for name, target in small_tensors(reader).items()]
     try:
         reader.read(wants)
     except (DistckptError, OSError):
@@ -82,7 +82,8 @@ def read_small(reader: CheckpointReader) -> dict[str, bytes]:
     return {want.fqn: bytes(byte_view(want.target)) for want in wants}
 
 
-def _small(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+def small_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Return room for what the leader reads for all ranks, by name; opens nothing."""
     manifest, index = reader.manifest, reader.index
     shards: set[int] = set()
     chosen: dict[str, torch.Tensor] = {}

@@ -23,7 +23,7 @@ from distckpt.errors import (
 )
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
-from distckpt.format.manifest import Manifest, decode_manifest
+from distckpt.format.manifest import Manifest, reread_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
 from distckpt.manager.exchange import Opening, read_small
@@ -132,7 +132,7 @@ class Loader:
         if answer[:1] == b"-":
             raise CorruptCheckpoint(answer[1:].decode())
         opening = msgspec.msgpack.decode(memoryview(answer)[1:], type=Opening)
-        manifest = decode_manifest(opening.manifest, where=f"{path}/{committed.manifest_path.rpartition('/')[2]}")
+        manifest = reread_manifest(opening.manifest, where=f"{path}/{committed.manifest_path.rpartition('/')[2]}")
         reader = readers[0] if readers else CheckpointReader(store, manifest, committed.folder)
         bar: AbstractContextManager[Callable[[int], None]] = progress_bar(
             f"loading step {committed.step}",

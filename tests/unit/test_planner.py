@@ -165,10 +165,10 @@ def test_one_large_replicated_tensor_is_spread_over_all_ranks() -> None:
 
 
 def test_many_small_replicated_tensors_are_spread_whole() -> None:
-    plan = merge_tables([Table({f"t{i:03}": row((10_000,)) for i in range(100)})] * 4)
+    plan = merge_tables([Table({f"t{i:03}": row((20_000,)) for i in range(100)})] * 4)
     by_rank = written(plan)
     assert [len(pieces) for pieces in by_rank] == [25] * 4
-    assert all(p.box == Box.whole((10_000,)) for pieces in by_rank for p in pieces)
+    assert all(p.box == Box.whole((20_000,)) for pieces in by_rank for p in pieces)
 
 
 def test_tiny_replicated_tensors_lie_together_and_the_rest_makes_up_for_it() -> None:
