@@ -16,7 +16,7 @@ LAYERS = (
 )  # fmt: skip
 MAX_LINES = 400
 HEAVY = {"torch", "numpy", "safetensors", "typer", "rich", "hypothesis", "obstore"}
-LATE_TORCH = {"format/box_reader.py", "format/checkpoint.py", "format/typed_arrays.py"}
+LATE_TORCH = {"format/box_columns.py", "format/box_reader.py", "format/checkpoint.py", "format/typed_arrays.py"}
 """Left of ``dcp`` only these may import torch or NumPy, inside functions: where a tensor's bytes become one."""
 
 
