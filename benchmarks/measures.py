@@ -70,9 +70,9 @@ def _why(s: Summary) -> str:
     return "not measured in this run" if not s.rows else "no probe"
 
 
-def share(results: Results, workload: str, part: str, required: float | None, aim: float, world: int = 1, peer: str = OURS) -> Test:
-    """Return the test of a share of the raw limit."""
-    s = results.one(workload, part, peer, world)
+def share(results: Results, workload: str, part: str, required: float | None, aim: float, world: int = 1) -> Test:
+    """Return the test of our share of the raw limit."""
+    s = results.one(workload, part, OURS, world)
     value = None if s.wrong else s.fraction()
     return Test(f"{workload} x{world} of limit", value, required, aim, why=_why(s), void=s.only_void)
 
@@ -127,7 +127,9 @@ def small_tensors(results: Results) -> list[Test]:
 
 def reshard(results: Results) -> list[Test]:
     out: list[Test] = []
-    pairs = dict.fromkeys((s.workload, s.world) for s in results.summaries() if s.part == "reshard" and ":" in s.workload)
+    pairs = dict.fromkeys(
+        (s.workload, s.world) for s in results.summaries() if s.part == "reshard" and ":" in s.workload
+    )
     for workload, world in pairs:
         same, cross = (results.one(workload, part, OURS, world) for part in ("same layout", "reshard"))
         value = cross.seconds / same.seconds if same.seconds and cross.seconds and not cross.wrong else None
@@ -258,7 +260,14 @@ def scorecard(results: Results, measures: Sequence[Measure] | None = None) -> li
     for measure in measures if measures is not None else all_measures():
         tests = measure.judge(results)
         measured = "; ".join(dict.fromkeys(str(test).removeprefix(": ") for test in tests))
-        cells = [measure.title, measure.required, measure.aim, measured, verdict(tests, "required"), verdict(tests, "aim")]
+        cells = [
+            measure.title,
+            measure.required,
+            measure.aim,
+            measured,
+            verdict(tests, "required"),
+            verdict(tests, "aim"),
+        ]
         out.append(cells)
     return out
 
@@ -277,5 +286,3 @@ def print_scorecard(results: Results, console: Console | None = None) -> None:
 def _coloured(text: str) -> str:
     colour = {"met": "green", "not met": "red"}.get(text, "yellow")
     return f"[{colour}]{text}[/]"
-
-

@@ -80,7 +80,9 @@ def _shares(summaries: Sequence[Summary], title: str, path: Path) -> None:
         axis.axvline(1.0, color="#1c2430", linewidth=0.8, linestyle="--")
         axis.set_xlim(0, max(1.1, *(share * 1.15 for share in shares)))
         axis.invert_yaxis()
-        axis.set_title({"warm load": "warm load ÷ memcpy", "save": "durable save ÷ raw write"}.get(part, f"{part} ÷ raw read"))
+        axis.set_title(
+            {"warm load": "warm load ÷ memcpy", "save": "durable save ÷ raw write"}.get(part, f"{part} ÷ raw read")
+        )
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

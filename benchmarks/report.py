@@ -62,7 +62,9 @@ def fraction_of_limit(row: Row) -> float:
     """
     kind = LIMITS.get(row["part"], "")
     if not kind or kind not in row.get("limit", {}) or len(row.get("probes", ())) != 2:
-        raise NoProbe(f"{row['workload']}, {row['part']}, {row['peer']}: no probe of {kind or 'any limit'} in this turn")
+        raise NoProbe(
+            f"{row['workload']}, {row['part']}, {row['peer']}: no probe of {kind or 'any limit'} in this turn"
+        )
     seconds = row.get(STALLS.get(row["part"], "seconds"))
     if not seconds:
         raise ValueError(f"{row['workload']}, {row['part']}, {row['peer']}: no time was measured")
@@ -163,7 +165,9 @@ class Results:
             return Summary(workload, part, world, peer, error=f"absent: {self.absent[peer]}")
         return summary(workload, world, part, peer, rows)
 
-    def best(self, workload: str, part: str, peers: Iterable[str], world: int = 1, key: str = "seconds") -> Summary | None:
+    def best(
+        self, workload: str, part: str, peers: Iterable[str], world: int = 1, key: str = "seconds"
+    ) -> Summary | None:
         """Return the fastest of these peers at a part; None if none of them has a figure."""
         found = [self.one(workload, part, peer, world) for peer in peers]
         timed = [(value, s) for s in found if (value := s.median(key)) is not None and not s.wrong]
@@ -209,10 +213,11 @@ def lines(results: Results, parts: Sequence[str] = SHOWN) -> list[list[str]]:
         best = results.best(s.workload, s.part, results.dcp(), s.world) if s.part != "train" else None
         ratio = best.seconds / s.seconds if best is not None and best.seconds and s.seconds else None
         nbytes = s.median("nbytes") or 0.0
+        steps = s.part == "train"  # a window of training: its wall time is not that of a transfer
         cells = [
             s.workload, str(s.world), s.part, s.peer, _number(s.seconds, 3), s.spread(),
-            _number(s.median("min_rank_bytes_s") if s.part != "train" else None, 2, 1e9), _share(s), f"{ratio:.2f}×" if ratio else "",
-            _number(s.cpu_per_gb() if s.part != "train" else None, 2), _number(s.median("peak_extra_bytes"), 0, 1e6),
+            "" if steps else _number(s.median("min_rank_bytes_s"), 2, 1e9), _share(s), f"{ratio:.2f}×" if ratio else "",
+            "" if steps else _number(s.cpu_per_gb(), 2), _number(s.median("peak_extra_bytes"), 0, 1e6),
             _share_of(s.median("written_bytes"), nbytes), _share_of(s.median("read_bytes"), nbytes),
             _number(s.median("requests"), 0), notes(s),
         ]  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import limits, meters
-from benchmarks.pool import Pool, RanksFailed
+from benchmarks.pool import ROOT, Pool, RanksFailed
 from benchmarks.shapes import Workload
 
 VOID = 0.10
@@ -46,7 +46,7 @@ class Turns:
 
     again: int = 1
     clock: Callable[[], float] = time.monotonic
-    _last: tuple[int, float, dict[str, float]] | None = None
+    _last: tuple[Probe, float, dict[str, float]] | None = None
 
     def take(self, work: Callable[[], Row], probe: Probe, *, shared: bool = False) -> Iterator[Row]:
         """Yield the row of each attempt, with its probes, until one is not void or ``again`` are used up.
@@ -66,7 +66,7 @@ class Turns:
                 yield {**row, "attempt": attempt, "void": False}
                 return
             after = probe()
-            self._last = (id(probe), self.clock(), after)
+            self._last = (probe, self.clock(), after)
             void = differ(before, after)
             mean = {kind: (before[kind] + after[kind]) / 2 for kind in before}
             yield {
@@ -78,7 +78,7 @@ class Turns:
 
     def _before(self, probe: Probe, shared: bool) -> dict[str, float]:
         last = self._last
-        if shared and last is not None and last[0] == id(probe) and self.clock() - last[1] < 2.0:
+        if shared and last is not None and last[0] is probe and self.clock() - last[1] < 2.0:
             return last[2]
         return probe()
 
@@ -161,7 +161,11 @@ class Bench:
         return self._steps
 
     def add(self, row: Row) -> None:
-        """Keep a row, and write it down at once."""
+        """Keep a row, and write it down at once; errors without the folders of this machine."""
+        if "error" in row:
+            hidden = {str(self.folder): "FOLDER", str(ROOT): "ROOT", sys.prefix: "PREFIX"}
+            for path, name in hidden.items():
+                row["error"] = row["error"].replace(path, name)
         self.rows.append(row)
         self.sink(row)
 
@@ -233,9 +237,7 @@ class Bench:
     def write_limit(self, nbytes: int) -> Probe:
         """Return a probe of the disk with as many bytes as are saved."""
         point = self.write_point
-        return lambda: {
-            "write": limits.disk_write(self.folder, nbytes, threads=point.threads, request=point.request)
-        }
+        return lambda: {"write": limits.disk_write(self.folder, nbytes, threads=point.threads, request=point.request)}
 
     def read_limit(self, files: Sequence[Path]) -> Probe:
         """Return a probe of the disk with the very files that are loaded."""
@@ -247,8 +249,9 @@ class Bench:
         from benchmarks import tasks
 
         def probe() -> dict[str, float]:
-            spans = pool.call(tasks.copy_limit)
-            return {"copy": nbytes / (max(end for _, end in spans) - min(start for start, _ in spans))}
+            by_threads = zip(*pool.call(tasks.copy_limit), strict=True)
+            fastest = min(max(end for _, end in spans) - min(start for start, _ in spans) for spans in by_threads)
+            return {"copy": nbytes / fastest}
 
         return probe
 

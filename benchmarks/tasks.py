@@ -167,23 +167,21 @@ def _about(worker: Worker, name: str, root: Path, step: int, out: Measured) -> M
     return {**out, "folder": str(peer.path(root, step)), "counters": peer.counters()}
 
 
-def copy_limit(worker: Worker) -> tuple[float, float]:
-    """Copy the whole live state to touched memory with one thread and with as many as this rank may use.
+def copy_limit(worker: Worker) -> list[tuple[float, float]]:
+    """Copy the whole live state to touched memory with one thread, and with as many as this rank may use.
 
-    Returns (start, end) of the faster one; the ranks do it together.
+    Returns (start, end) of each; the ranks do it together.
     """
     live = state_of(worker)
     whole = worker.arena.take(live.nbytes)
     scratch = worker.scratch.take(min(SCRATCH, max(live.nbytes, 1 << 20)))
-    best = (0.0, float("inf"))
+    spans = []
     for threads in sorted({1, torch.get_num_threads()}):
         worker.barrier()
         started = time.monotonic()
         copy_rate(whole, scratch, threads=threads)
-        ended = time.monotonic()
-        if ended - started < best[1] - best[0]:
-            best = (started, ended)
-    return best
+        spans.append((started, time.monotonic()))
+    return spans
 
 
 def remove(worker: Worker, folder: str) -> None:

@@ -185,7 +185,7 @@ def _training(bench: Bench, root: Path, threads: int) -> None:
     peers = bench.usable(PEERS, pool)
     for peer in peers:  # first save: processes start, buffers grow, plans are made
         about: Row = {"workload": name, "world": 1, "part": "isolation", "peer": peer, "round": 0}
-        bench.measure(about, partial(_isolation, bench, root, peer, nbytes), lambda: {}, failed=failed)
+        bench.measure(about, partial(_isolation, bench, root, peer, nbytes), dict, failed=failed)
     for number in range(1, 1 + bench.settings.rounds):
         for peer in palindrome(peers):
             if peer not in failed:

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class FlatEngine:
     """An engine whose tensors are contiguous ranges of flat buffers, cut over the ranks: what ZeRO holds."""
 
     name = "flat"
-    parts: Mapping[str, Any] = {}
+    parts: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, live: Live) -> None:
         self._live = live
@@ -83,7 +83,7 @@ class Ours(Peer):
 
     name = "distckpt"
     package = "distckpt"
-    settings: Mapping[str, Any] = {}
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:
         unknown = set(self.settings) - {field.name for field in fields(CheckpointConfig)}
@@ -169,14 +169,14 @@ class Lazy(Ours):
     """The copy is made while forward and backward run; the optimizer's step waits for what is left."""
 
     name = "distckpt-lazy"
-    settings = {"lazy_staging": True}
+    settings: ClassVar[Mapping[str, Any]] = {"lazy_staging": True}
 
 
 class Incremental(Ours):
     """Blocks that have not changed since the last checkpoint are referred to, not written."""
 
     name = "distckpt-incremental"
-    settings = {"incremental": True}
+    settings: ClassVar[Mapping[str, Any]] = {"incremental": True}
 
 
 class NoChecksums(Ours):
