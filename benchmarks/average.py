@@ -163,9 +163,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        facts = {"cores": os.cpu_count(), "cpu": _cpu_model(), "file_system": _file_system(Path(scratch)),
-                 "torch": str(torch.__version__),
-                 "settings": {n: getattr(args, n) for n in ("k", "mbytes", "rounds", "dtype")}}  # fmt: skip
+        facts = {
+            "cores": os.cpu_count(),
+            "cpu": _cpu_model(),
+            "file_system": _file_system(Path(scratch)),
+            "torch": str(torch.__version__),
+            "settings": {name: getattr(args, name) for name in ("k", "mbytes", "rounds", "dtype")},
+        }
         for number in range(args.rounds):
             for k in args.k:
                 measure(args, Path(scratch), k, number, rows)

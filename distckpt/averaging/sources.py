@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import fsum, isfinite
@@ -89,7 +90,9 @@ def open_members(terms: Sequence[Term], *, whole_state: bool = False, normalise:
     and what opening a source raises.
     """
     weights = normalised([term.weight for term in terms], scale=normalise)
-    members = [_open(term, weight, whole_state) for term, weight in zip(terms, weights, strict=True) if weight]
+    wanted = [(term, weight) for term, weight in zip(terms, weights, strict=True) if weight]
+    with ThreadPoolExecutor(8, thread_name_prefix="distckpt-open") as pool:
+        members = list(pool.map(lambda item: _open(item[0], item[1], whole_state), wanted))
     members.sort(key=lambda member: member.key)
     seen: dict[str, Member] = {}
     for member in members:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, byte_progress, clean, one_line, print_json, print_table, size_text
 from distckpt.errors import ConfigError
+
+_N = TypeVar("_N", int, float)
 
 
 def average(
@@ -75,10 +76,11 @@ def average(
     Under torchrun (python -m distckpt.cli.main average ...) each rank writes its part; the result has the same bits.
     """
     from distckpt.averaging.average import average_checkpoints
+    from distckpt.averaging.launched import launched_ranks
 
     if evaluate is not None:
         sys.path.insert(0, os.getcwd())  # as python -m does; a console script does not
-    with _ranks() as leads, byte_progress("averaging", enabled=leads and not json) as progress:
+    with launched_ranks() as leads, byte_progress("averaging", enabled=leads and not json) as progress:
         report = average_checkpoints(
             paths,
             out,
@@ -128,7 +130,7 @@ def average(
         print(f"note: {one_line(note)}")
 
 
-def _numbers(option: str, text: str, kind: type) -> list[float]:
+def _numbers(option: str, text: str, kind: Callable[[str], _N]) -> list[_N]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as cause:
@@ -143,18 +145,3 @@ def _window(text: str) -> tuple[int | None, int | None]:
         return int(first) if first else None, int(last) if last else None
     except ValueError as cause:
         raise ConfigError(f"--window {text!r}: give FIRST:LAST, either may be left out") from cause
-
-
-@contextlib.contextmanager
-def _ranks() -> Iterator[bool]:
-    """Join the other ranks where torchrun started several; yields whether this one reports."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield True
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()

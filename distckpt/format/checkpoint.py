@@ -190,12 +190,13 @@ class Checkpoint:
         length. Raises ``IncompatibleState`` for an unknown name, ``ShardError`` for damage.
         """
         name = self._resolve(fqn)
-        if (name, box) not in self._tiled:
-            sources_tile(name, self._sources(name, box), box, self.path)
-            self._tiled.add((name, box))
         size = itemsize(self.manifest.tensors[name].dtype)
         rows = rows_around(box, start // size, -(-stop // size))
-        fill_flat(self.store, self._sources(name, rows), box, start, stop, view)
+        sources = self._sources(name, rows)
+        if (name, box) not in self._tiled:
+            sources_tile(name, sources if rows == box else self._sources(name, box), box, self.path)
+            self._tiled.add((name, box))
+        fill_flat(self.store, sources, box, start, stop, view)
 
     def shards(self) -> list[dict[str, list[Box]]]:
         """Return the boxes that each shard holds, by FQN; reads all headers. Raises ``ShardError``."""
