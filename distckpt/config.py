@@ -63,6 +63,9 @@ class CheckpointConfig:
     """A load raises if any name is missing or unexpected."""
     threads: int = DEFAULT_THREADS
     """I/O threads of this rank."""
+    share_loads: str = "auto"
+    """Ranks that want the same bytes (DDP, HSDP) read each once and exchange them: ``auto`` (where the measured speeds of
+    storage and link make that faster), ``always``, ``never``."""
     timeout_s: float = 1800.0
     """Deadline of one save or load, waiting for other ranks included."""
     retries: int = 1
@@ -90,6 +93,7 @@ class CheckpointConfig:
         _choice("metric_mode", self.metric_mode, ("min", "max"))
         _choice("on_busy", self.on_busy, ("wait", "skip", "raise"))
         _choice("mode", self.mode, ("sharded", "full"))
+        _choice("share_loads", self.share_loads, ("auto", "always", "never"))
         for name in ("save_total_limit", "save_every_steps", "save_every_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -113,6 +113,6 @@ class ShardIndex:
                         f"{self.path(shard)}: tensor {name!r} is {stored.dtype} {stored.global_shape} in the shard of "
                         f"rank {shard}, but {promised[0]} {promised[1]} in the manifest"
                     )
-                if stored.box.intersect(box) is not None:
+                if stored.box == box or stored.box.intersect(box) is not None:
                     found.append((shard, stored))
         return found

@@ -13,6 +13,7 @@ from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.reader import CheckpointReader
 from distckpt.engines.base import Engine
+from distckpt.engines.step_hook import pass_fences
 from distckpt.errors import (
     AgreementError,
     CheckpointNotFound,
@@ -26,8 +27,9 @@ from distckpt.format.lineage import Committed, lineage, list_committed, read_gen
 from distckpt.format.manifest import decode_manifest, encode_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
+from distckpt.manager.reading import Restore
 from distckpt.manager.report import LoadOptions, LoadReport
-from distckpt.manager.restore import Restore, restore
+from distckpt.manager.restore import restore
 from distckpt.manager.root import RunRoot
 from distckpt.storage import open_store
 from distckpt.storage.base import Store
@@ -130,6 +132,7 @@ class Loader:
             sum(s.size for s in manifest.shards) // self.agreement.world_size,
             enabled=self.config.verbose and self.agreement.is_leader,
         )
+        pass_fences()  # another manager of this process may be copying the same tensors
         with bar as progress:
             load = Restore(reader, self.engine, self.components, self.config, options, path, progress)
             return restore(self.agreement, key, load)

@@ -16,7 +16,7 @@ from manager_support import Net, Part, assert_same, build, manager, snapshot, st
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from distckpt import CheckpointConfig, failpoints, open_checkpoint
+from distckpt import CheckpointConfig, EMAModel, failpoints, open_checkpoint
 from distckpt.dcp import writer
 from distckpt.engines.step_hook import before_steps
 from distckpt.errors import ConfigError, SaveFailed, SnapshotFailed
@@ -167,7 +167,8 @@ def test_what_forward_may_change_is_copied_at_once(tmp_path: Path) -> None:
             return self.head(self.momentum(self.scaled(x)))
 
     class Shadow(Part):
-        distckpt_settled = True
+        def settled(self, name: str) -> list[str]:
+            return [f"{name}.w"]
 
     model = Model()
     shadow = Shadow({"w": torch.randn(33)})
@@ -349,3 +350,25 @@ def test_inference_tensors_have_no_version_and_are_copied_at_once(tmp_path: Path
         assert m.pipeline.arena.copied_at_once == nbytes(model.parameters())
     assert_saved(tmp_path, 1, wanted)
     assert same_bits(open_checkpoint(tmp_path).read("optim.state.bias.momentum_buffer"), torch.ones(3))
+
+
+def test_an_average_is_copied_later_and_its_swap_passes_the_fence(tmp_path: Path, arm: Callable[[str], None]) -> None:
+    model, optimizer = build()
+    ema = EMAModel(model, decay=0.5)
+    with lazy(tmp_path, model, optimizer, stateful={"ema": ema}) as m:
+        train(model, optimizer)
+        ema.update()
+        wanted = snapshot(model, optimizer)
+        wanted |= {f"ema.{name}": shadow.clone() for name, shadow in ema.state_dict()["shadow"].items()}
+        arm(LATE)
+        m.save(step=1)
+        assert m.pipeline.arena.copied_at_once == nbytes(model.buffers())
+        with ema.averaged():
+            pass
+        m.wait()
+        arm(LATE)
+        m.save(step=2)
+        train(model, optimizer)
+        ema.update()
+    for step in (1, 2):
+        assert_saved(tmp_path, step, wanted)
