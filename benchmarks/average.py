@@ -164,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         facts = {"cores": os.cpu_count(), "cpu": _cpu_model(), "file_system": _file_system(Path(scratch)),
-                 "torch": str(torch.__version__), "settings": {n: getattr(args, n) for n in ("k", "mbytes", "rounds", "dtype")}}  # fmt: skip
+                 "torch": str(torch.__version__),
+                 "settings": {n: getattr(args, n) for n in ("k", "mbytes", "rounds", "dtype")}}  # fmt: skip
         for number in range(args.rounds):
             for k in args.k:
                 measure(args, Path(scratch), k, number, rows)

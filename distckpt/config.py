@@ -17,7 +17,8 @@ class CheckpointConfig:
     """Settings of one ``CheckpointManager``. Raises ``ConfigError`` (a ``ValueError``) for values that make no sense."""
 
     checkpoint_dir: str | os.PathLike[str]
-    """Root of a run's checkpoints: a folder that all ranks see, or ``memory://name`` in tests."""
+    """Root of a run's checkpoints: a folder that all ranks see, ``s3://``, ``gs://`` or ``az://`` with bucket and prefix
+    (docs/storage.md), or ``memory://name`` in tests."""
     save_total_limit: int | None = 5
     """How many of the newest checkpoints to keep; None keeps all. The best, pinned ones, what the run resumed from and
     the last two stay in any case (1 is allowed, and warned about)."""
@@ -125,6 +126,46 @@ class CheckpointConfig:
             for f in fields(self)
             if f.name != "checkpoint_dir" and isinstance(getattr(self, f.name), plain)
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStoreConfig:
+    """How object stores are talked to, for the whole process; set by the environment, see ``from_env``."""
+
+    deadline_s: float = 120.0
+    """Seconds after which a request, its repetitions included, has answered or failed. Uploads of a shard are many
+    requests; each has a quarter of this, so a slow network needs more."""
+    part_bytes: int = 8 << 20
+    """Size of one part of an upload and of one ranged read, 5 MiB or more (S3 takes no smaller parts)."""
+    in_flight: int = 12
+    """Parts of one shard that are under way at once; each holds its bytes in memory."""
+
+    def __post_init__(self) -> None:
+        if not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s={self.deadline_s!r}: want a positive number of seconds")
+        if self.part_bytes < 5 << 20:
+            raise ConfigError(
+                f"part_bytes={self.part_bytes!r}: want 5 MiB (5242880) or more, S3 takes no smaller parts"
+            )
+        if self.in_flight < 1:
+            raise ConfigError(f"in_flight={self.in_flight!r}: want 1 or more")
+
+    @classmethod
+    def from_env(cls) -> ObjectStoreConfig:
+        """Read ``DISTCKPT_STORE_DEADLINE_S``, ``DISTCKPT_STORE_PART_MIB`` and ``DISTCKPT_STORE_IN_FLIGHT``."""
+        given: dict[str, Any] = {}
+        for field_name, variable, scale in (
+            ("deadline_s", "DISTCKPT_STORE_DEADLINE_S", 1.0),
+            ("part_bytes", "DISTCKPT_STORE_PART_MIB", 1 << 20),
+            ("in_flight", "DISTCKPT_STORE_IN_FLIGHT", 1),
+        ):
+            text = os.environ.get(variable)
+            if text:
+                try:
+                    given[field_name] = type(scale)(text) * scale
+                except ValueError:
+                    raise ConfigError(f"{variable}={text!r}: want a number") from None
+        return cls(**given)
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ headers. torch is imported only when a tensor is read.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, IncompatibleState, ShardError
 from distckpt.format import typed_json
-from distckpt.format.box_reader import Source, fill, sources_tile
+from distckpt.format.box_reader import Reader, Source, fill, sources_tile
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
 from distckpt.format.flat_reader import fill_flat, rows_around
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
+from distckpt.format.read_ahead import ReadAhead
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
 from distckpt.storage.base import Store
@@ -160,6 +162,9 @@ class Checkpoint:
         Memory: the result, and at most 8 MiB for each of four threads. Raises as ``read``, and
         ``IncompatibleState`` for a box outside the tensor.
         """
+        return self._read_box(self.store, fqn, box)
+
+    def _read_box(self, store: Reader, fqn: str, box: Box) -> torch.Tensor:
         import torch
 
         name = self._resolve(fqn)
@@ -175,7 +180,7 @@ class Checkpoint:
         sources_tile(name, sources, box, self.path)
         octets = torch.empty(box.numel * itemsize(entry.dtype), dtype=torch.uint8)
         if octets.numel():
-            fill(self.store, sources, box, octets.numpy().data)
+            fill(store, sources, box, octets.numpy().data)
         return octets.view(dtype).reshape(box.sizes) if octets.numel() else torch.empty(box.sizes, dtype=dtype)
 
     def read_into(self, fqn: str, box: Box, start: int, stop: int, view: memoryview) -> None:
@@ -207,9 +212,13 @@ class Checkpoint:
         if not wanted:
             known = sorted({f"{name.split('.', 1)[0]}." for name in self.manifest.tensors})[:10]
             raise IncompatibleState(f"{self.path}: no tensor's name starts with {prefix!r}; names start with {known}")
-        read: dict[str, torch.Tensor] = {}
-        for name in dict.fromkeys(map(self._resolve, wanted)):
-            read[name] = self.read(name)
+        whole = {name: Box.whole(self.manifest.tensors[name].shape) for name in map(self._resolve, wanted)}
+        extents = {
+            name: sorted((s.path, s.stored.start, s.stored.nbytes) for s in self._sources(name, box))
+            for name, box in whole.items()
+        }
+        with ReadAhead(self.store, itertools.chain.from_iterable(extents.values())) as ahead:
+            read = {name: self._read_box(ahead, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}
 
     def verify(

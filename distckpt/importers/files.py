@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
 import os
@@ -14,7 +15,7 @@ from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
 from distckpt.errors import CheckpointNotFound, CorruptCheckpoint
 from distckpt.export.stream import Buffer, Stream
 from distckpt.format.dtypes import itemsize
-from distckpt.storage.direct import read_some
+from distckpt.storage.posix_reader import PosixReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,11 @@ def read_bytes(path: str, start: int, count: int) -> bytearray:
 def read_into(path: str, start: int, view: memoryview) -> None:
     """Fill a view with a file's bytes; ``CorruptCheckpoint`` if it is shorter. Large reads pass the page cache by."""
     with open(path, "rb", buffering=0) as file:
-        done = read_some(file.fileno(), view, start)
-        while done < len(view):
-            got = os.preadv(file.fileno(), [view[done:]], start + done)
-            if not got:
-                stop = start + len(view)
-                raise CorruptCheckpoint(f"{path}: ends at byte {start + done}, {stop} are needed; truncated")
-            done += got
+        size = os.fstat(file.fileno()).st_size
+        if start + len(view) > size:
+            raise CorruptCheckpoint(f"{path}: ends at byte {size}, {start + len(view)} are needed; truncated")
+        with contextlib.closing(PosixReader(file.fileno(), size, path=path, count=lambda what, amount: None)) as reader:
+            reader.read_into(start, view)
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:

@@ -13,20 +13,13 @@ import torch
 from distckpt import clock
 from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
+from distckpt.dcp.agreed import AgreedPlan, agree_plan
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.full import GatheredSource, gather_tensors
 from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
-from distckpt.dcp.replicas import host_bytes, replica_digests
-from distckpt.dcp.saving import (
-    AgreedPlan,
-    SaveRequest,
-    agree_plan,
-    encode_objects,
-    save_error,
-    table_of,
-    write_and_commit,
-)
+from distckpt.dcp.replicas import host_bytes, tensor_claims
+from distckpt.dcp.saving import SaveRequest, encode_objects, save_error, table_of, write_and_commit
 from distckpt.dcp.writer import Source
 from distckpt.engines.base import Engine, StepBound
 from distckpt.errors import (
@@ -38,6 +31,7 @@ from distckpt.errors import (
     StaleGeneration,
 )
 from distckpt.format.dtypes import itemsize
+from distckpt.format.manifest import Manifest
 from distckpt.manager.components import Components
 from distckpt.manager.staging import StagingArena
 from distckpt.manager.state_copy import StateCopy
@@ -69,6 +63,8 @@ class SavePipeline:
         self.engine = engine
         self.components = components
         self.budget: Deadline | None = None
+        self.resumed: Manifest | None = None
+        """The manifest of the checkpoint that was loaded last, until the next save: it knows the plan."""
         self.arena = StagingArena()
         self._saving = agreement.clone()  # the saving thread's own line to the other ranks
         self._plan: AgreedPlan | None = None
@@ -88,11 +84,19 @@ class SavePipeline:
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
             first, self._plan = self._plan, None
+            resumed, self.resumed = self.resumed, None
             agreed = agree_plan(
-                self.agreement, key, table_of(state), first, step=request.step, timeout_s=self._left_s(), full=full
+                self.agreement,
+                key,
+                table_of(state),
+                first,
+                step=request.step,
+                timeout_s=self._left_s(),
+                full=full,
+                resumed=resumed,
             )
             with self.agreement.guard(f"{key}/begin"):
-                replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
+                replicas = tensor_claims(state, agreed.held, self.agreement.rank) if agreed is not first else {}
                 copy = self._begin(agreed, state) if background and self.config.lazy_staging else None
                 source = None if full or copy is not None else self._stage(agreed, state)
         except AgreementError as error:

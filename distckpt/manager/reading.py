@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import torch.distributed as dist
@@ -30,6 +30,8 @@ class Restore:
     options: LoadOptions
     path: str
     progress: Callable[[int], None] | None = None
+    small: Mapping[str, bytes] = field(default_factory=dict)
+    """Values of small tensors that the leader read for all ranks."""
 
 
 def may_share(world_size: int, load: Restore) -> bool:

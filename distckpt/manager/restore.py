@@ -26,6 +26,7 @@ from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
+from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
 from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
@@ -52,12 +53,18 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     to an older checkpoint; live tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
     """
     matched: list[_Matched] = []
+    saved = load.reader.manifest
+    every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
 
     def match() -> list[str]:
         matched.append(_match_here(agreement.rank, agreement.world_size, load))
-        return matched[0].report.unexpected
+        return [offer_names(agreement, every, matched[0].report.unexpected)]
 
-    unexpected = set(_together(agreement, f"{key}/names", load, match))
+    def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
+        return [common_names(agreement, (offer for offers in by_rank for offer in offers))]
+
+    (answer,) = _together(agreement, f"{key}/names", load, match, combine=common)
+    unexpected = names_of(answer, every, matched[0].report.unexpected)
     planned: list[Request] = []
 
     def plan() -> list[str]:
@@ -67,8 +74,8 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     group: list[int] = []
     if may_share(agreement.world_size, load):
         least = 0 if load.config.share_loads == "always" else share.LEAST_BYTES
-        answer = _together(agreement, f"{key}/share", load, plan, lambda offers: group_offers(offers, least))
-        group = next((ranks for ranks in msgspec.json.decode(answer[0]) if agreement.rank in ranks), [])
+        offered = _together(agreement, f"{key}/share", load, plan, lambda offers: group_offers(offers, least))
+        group = next((ranks for ranks in msgspec.json.decode(offered[0]) if agreement.rank in ranks), [])
 
     def read() -> list[str]:
         if not planned:
@@ -86,10 +93,6 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     return matched[0].report
 
 
-def _common(by_rank: Sequence[Sequence[str]]) -> list[str]:
-    return sorted(set(by_rank[0]).intersection(*by_rank[1:]))
-
-
 def _all_said(by_rank: Sequence[Sequence[str]]) -> list[str]:
     """Every sentence once, in order of ranks; the rest of very many is only counted."""
     every = list(dict.fromkeys(sentence for said in by_rank for sentence in said))
@@ -101,7 +104,7 @@ def _together(
     key: str,
     load: Restore,
     work: Callable[[], list[str]],
-    combine: Callable[[Sequence[Sequence[str]]], list[str]] = _common,
+    combine: Callable[[Sequence[Sequence[str]]], list[str]] = lambda _: [],
 ) -> list[str]:
     """Do the work on every rank and return all ranks' results combined; one rank's error is every rank's."""
     cause: DistckptError | None = None
@@ -165,7 +168,8 @@ def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[R
     report, state, options = matched.report, matched.state, load.options
     report.unexpected = sorted(unexpected)
     _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
-    return load.reader.plan(_wants(state, matched.extras, report))
+    wants = fill_small(_wants(state, matched.extras, report), load.small, load.reader.manifest)
+    return load.reader.plan(wants)
 
 
 def _place_here(rank: int, load: Restore, matched: _Matched) -> None:

@@ -307,7 +307,7 @@ def test_different_heads_and_label_orders_are_named(tmp_path: Path) -> None:
     two = root(tmp_path / "two", [state, state], config={"id2label": {"0": "bad", "1": "good"}, "vocab_size": 10})
     same_one = root(tmp_path / "same", [state] * 3, config={"id2label": {"0": "good", "1": "bad"}})
     none = root(tmp_path / "none", [state] * 4)
-    with pytest.raises(IncompatibleState, match="id2label.*different models|different models.*id2label"):
+    with pytest.raises(IncompatibleState, match=r"id2label.*different models|different models.*id2label"):
         average_checkpoints([one, step_of(two, 2)], tmp_path / "out")
     report = average_checkpoints([one, step_of(same_one, 3), step_of(none, 4)], tmp_path / "out")
     assert "no config to compare" in report.notes[0]
