@@ -15,10 +15,8 @@ from distckpt.selection.predictions import Predictions
 from distckpt.storage import open_store
 
 CLASSES = ("negative", "positive")
-WORDS = [
-    "good", "bad", "fine", "poor", "great", "awful", "dress", "shirt", "fits", "runs",
-    "small", "large", "love", "hate", "color", "the", "and", "it", "is", "very",
-]
+_TEXT = "good bad fine poor great awful dress shirt fits runs small large love hate color the and it is very"
+WORDS = _TEXT.split()
 
 
 def linear_root(folder: Path, steps: tuple[int, ...] = (100, 200, 300), metrics: dict[int, Any] | None = None) -> Path:

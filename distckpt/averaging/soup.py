@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,12 @@ def greedy_soup(
             f"cache={os.fspath(cache)}: scores of {name} cannot be told from another's; use a named function"
         )
     group = agreement or Agreement.from_environment(timeout_s=timeout_s)
+    rules = rules or Rules()
+    if batchnorm is not None:
+        rules = replace(rules, batchnorm="copy_newest")  # until they are recomputed
+    Blend(members, rules)  # what cannot be averaged is refused before anything is looked at
     file = None if cache is None else Path(cache)
-    scores = _Scores(function, name, rules or Rules(), batchnorm, group, timeout_s, file)
+    scores = _Scores(function, name, rules, batchnorm, group, timeout_s, file)
     scores.load()
     sign = 1.0 if mode == "max" else -1.0
     single: list[tuple[float, Member, bool]] = []

@@ -243,7 +243,7 @@ def _manifest(
 def raise_cause(error: AgreementError) -> NoReturn:
     """Raise on every rank the kind of error that the first failed rank raised, with all ranks' texts."""
     cause = error.__cause__
-    if isinstance(cause, (DistckptError, OSError)) and not isinstance(cause, AgreementError):
+    if isinstance(cause, Exception) and not isinstance(cause, AgreementError):
         raise cause from None
     first = error.failures[0] if error.failures else None
     kind = getattr(errors, first.kind, None) if first is not None else None

@@ -204,7 +204,8 @@ class Translation(HuggingFaceEvaluator):
         """Return the generated texts and the references; nothing is sampled."""
         rows = [row if isinstance(row, Mapping) else {self.source: row[0], self.target: row[1]} for row in batch]
         inputs = self.encode(network, tokenizer, [_field(row, self.source) for row in rows])
-        made = network.generate(**inputs, max_new_tokens=self.max_new_tokens, num_beams=self.beams, do_sample=False)
+        wanted = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # generate refuses token types
+        made = network.generate(**wanted, max_new_tokens=self.max_new_tokens, num_beams=self.beams, do_sample=False)
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         return {"texts": texts, "references": [_field(row, self.target) for row in rows]}
 

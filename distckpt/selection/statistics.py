@@ -89,7 +89,12 @@ def interval_of(
     if evaluation is None or evaluation.predictions is None:
         return None
     return bootstrap_interval(
-        kept_predictions(evaluation), metric, costs=costs_of(evaluation), confidence=confidence, resamples=resamples, seed=seed
+        kept_predictions(evaluation),
+        metric,
+        costs=costs_of(evaluation),
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
     )
 
 
