@@ -250,6 +250,11 @@ class EMAModel:
         state.add_object(name, self._progress.plain())
         return state
 
+    def settled(self, name: str) -> list[str]:
+        """Return the names of the shadows: only ``update``, which follows a step, moves them."""
+        prefixes = [f"{name}.{average}." if average else f"{name}." for average in self.names]
+        return [prefix + fqn for prefix in prefixes for fqn in self._shadows.parts]
+
     def take_over(self, name: str, value: Any, loaded: Collection[str], stored: Collection[str]) -> list[str]:
         """Finish a load that has filled ``leaves``: take the counts, begin again what the checkpoint lacks.
 

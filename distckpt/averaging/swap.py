@@ -6,6 +6,7 @@ import torch
 
 from distckpt.averaging.live import Live
 from distckpt.averaging.shadows import Shadows
+from distckpt.engines.step_hook import pass_fences
 
 
 class Swap:
@@ -29,6 +30,7 @@ class Swap:
         """Write one average into the model, rounded to its dtypes; None leaves the weights, which are their average."""
         if average is None:
             return
+        pass_fences()
         for parts in self._shadows.parts.values():
             for part in parts:
                 part.live.copy_(part.views[average])
@@ -36,6 +38,7 @@ class Swap:
     @torch.no_grad()
     def undo(self) -> None:
         """Write back what was kept, to where the model's tensors lie now."""
+        pass_fences()
         for name, parts in self._shadows.parts.items():
             for part, kept in zip(parts, self._kept[name], strict=True):
                 part.live.copy_(kept)

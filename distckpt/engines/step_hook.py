@@ -1,7 +1,8 @@
-"""Holding up optimizer steps: a call before any optimizer of this process changes weights."""
+"""Holding up changes of weights: a call before any optimizer of this process steps, and before what else changes them."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt.errors import ConfigError
+
+_fences: dict[int, weakref.WeakMethod[Callable[[], None]]] = {}
+_numbers = itertools.count()
 
 
 def before_steps(call: Callable[[], None], optimizers: Iterable[Any]) -> Callable[[], None]:
@@ -24,12 +28,28 @@ def before_steps(call: Callable[[], None], optimizers: Iterable[Any]) -> Callabl
                 f"lazy_staging=True needs optimizers that run torch's step hooks; {type(optimizer).__name__} is no "
                 "torch.optim.Optimizer: set lazy_staging=False"
             )
-    reference = weakref.WeakMethod(call)
+    number = next(_numbers)
+    _fences[number] = weakref.WeakMethod(call, lambda _: end())
 
     def hook(*_: Any) -> None:
-        held = reference()
-        if held is not None:
-            held()
+        _pass(number)
+
+    def end() -> None:
+        _fences.pop(number, None)
+        handle.remove()
 
     handle = register_optimizer_step_pre_hook(hook)
-    return handle.remove  # type: ignore[no-any-return]
+    return end
+
+
+def pass_fences() -> None:
+    """Call everything that has to run before weights or optimizer state are changed: for code that does so itself."""
+    for number in list(_fences):
+        _pass(number)
+
+
+def _pass(number: int) -> None:
+    reference = _fences.get(number)
+    call = None if reference is None else reference()
+    if call is not None:
+        call()

@@ -44,6 +44,14 @@ class LeafStateful(Protocol):
         """Start over from the loaded model, because the checkpoint's state of this name is not there or not wanted."""
 
 
+@runtime_checkable
+class StepBoundPart(Protocol):
+    """A stateful with tensors that a lazy save need not copy at once (averages of weights)."""
+
+    def settled(self, name: str) -> Collection[str]:
+        """Return the names, under ``<name>.``, of its tensors that change right after optimizer steps and nowhere else."""
+
+
 class Components:
     """Named objects with ``state_dict`` and ``load_state_dict``, each with its declared relation between ranks.
 
@@ -98,12 +106,9 @@ class Components:
             state.add_object(RNG, capture_rng(), PER_RANK)
 
     def settled(self, state: State) -> frozenset[str]:
-        """Return the FQNs of the tensors of parts that change right after optimizer steps alone.
-
-        A replicated part says so by an attribute ``distckpt_settled = True`` of its class (an EMA, for instance).
-        """
-        prefixes = tuple(f"{n}." for n, p in self.parts.items() if getattr(p, "distckpt_settled", False))
-        return frozenset(name for name in state.tensors if name.startswith(prefixes)) if prefixes else frozenset()
+        """Return the FQNs of the tensors of parts that say what of them changes right after optimizer steps alone."""
+        found = [part.settled(name) for name, part in self.parts.items() if isinstance(part, StepBoundPart)]
+        return frozenset(name for names in found for name in names if name in state.tensors)
 
     def add_targets(self, state: State, saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Add the live tensors of the parts as targets of a load, where they fit.

@@ -13,6 +13,7 @@ from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.reader import CheckpointReader
 from distckpt.engines.base import Engine
+from distckpt.engines.step_hook import pass_fences
 from distckpt.errors import (
     AgreementError,
     CheckpointNotFound,
@@ -140,6 +141,7 @@ class Loader:
             sum(s.size for s in manifest.shards) // self.agreement.world_size,
             enabled=self.config.verbose and self.agreement.is_leader,
         )
+        pass_fences()  # another manager of this process may be copying the same tensors
         with bar as progress:
             small = opening.small(manifest)
             load = Restore(reader, self.engine, self.components, self.config, options, path, progress, small)

@@ -6,8 +6,6 @@ live tensors (pytorch issue 144657). Device tensors are copied on a side stream 
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 from collections.abc import Collection, Sequence
 
@@ -16,9 +14,8 @@ import torch
 from distckpt.dcp.writer import Staged
 from distckpt.format.shard import Piece, place_pieces
 from distckpt.manager.state_copy import CHUNK, StateCopy, Streams, Task, Watch
-from distckpt.storage.direct import ALIGNMENT
+from distckpt.storage.direct import ALIGNMENT, anonymous
 
-HUGE_PAGE = 2 << 20
 MOST_THREADS = 4
 """One thread does not fill a memory bus; four do on most machines."""
 
@@ -94,7 +91,7 @@ class StagingArena:
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):
             self._image = torch.empty(0, dtype=torch.uint8)  # free the old one before asking for more
-            self._image = _pinned(nbytes) if pinned else _pages(nbytes)
+            self._image = _pinned(nbytes) if pinned else torch.frombuffer(anonymous(nbytes), dtype=torch.uint8)
             self.allocations += 1
 
     def _side_streams(self, views: Sequence[torch.Tensor]) -> Streams:
@@ -116,21 +113,7 @@ def copy_threads() -> int:
     return max(1, min(MOST_THREADS, share))
 
 
-def _pages(nbytes: int) -> torch.Tensor:
-    """Return host memory aligned for direct I/O; on huge pages, which are copied to twice as fast, where it is large."""
-    huge = nbytes >= HUGE_PAGE
-    alignment = HUGE_PAGE if huge else ALIGNMENT
-    pages = mmap.mmap(-1, nbytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge:
-        with contextlib.suppress(AttributeError, OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return _aligned(torch.frombuffer(pages, dtype=torch.uint8), nbytes, alignment)
-
-
 def _pinned(nbytes: int) -> torch.Tensor:
-    return _aligned(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True), nbytes, ALIGNMENT)
-
-
-def _aligned(buffer: torch.Tensor, nbytes: int, alignment: int) -> torch.Tensor:
-    start = -buffer.data_ptr() % alignment
+    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+    start = -buffer.data_ptr() % ALIGNMENT
     return buffer[start : start + nbytes]

@@ -14,10 +14,10 @@ from typing import TypeAlias
 import torch
 
 from distckpt import clock, failpoints
+from distckpt.dcp.buffers import move
 from distckpt.dcp.parallel import run_all
 from distckpt.dcp.writer import Staged
 from distckpt.errors import SnapshotFailed
-from distckpt.storage.direct import copy_memory
 
 CHUNK = 8 << 20
 """Bytes that a thread copies at a time."""
@@ -157,8 +157,8 @@ class StateCopy:
             try:
                 if self._watch is not None:
                     failpoints.hit("staging.copy", chunk[0][0])
-                for move in chunk:
-                    self._move(move)
+                for part in chunk:
+                    self._move(part)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -180,10 +180,10 @@ class StateCopy:
             self._in_hand.remove(chunk[0][0])
             self._lock.notify_all()
 
-    def _move(self, move: _Move) -> None:
-        _, tensor, source, start, nbytes = move
+    def _move(self, part: _Move) -> None:
+        _, tensor, source, start, nbytes = part
         if source is not None:
-            copy_memory(self._image.data_ptr() + start, source, nbytes)
+            move(self._image.data_ptr() + start, source, nbytes)
             return
         room = self._image[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
         stream = self._streams.get(tensor.device)

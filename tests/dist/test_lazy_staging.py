@@ -16,7 +16,7 @@ from manager_support import Net, Part, assert_same, build, manager, snapshot, st
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from distckpt import CheckpointConfig, failpoints, open_checkpoint
+from distckpt import CheckpointConfig, EMAModel, failpoints, open_checkpoint
 from distckpt.dcp import writer
 from distckpt.engines.step_hook import before_steps
 from distckpt.errors import ConfigError, SaveFailed, SnapshotFailed
@@ -89,7 +89,9 @@ def test_without_the_fence_a_change_is_found_and_nothing_is_committed(
     tmp_path: Path, arm: Callable[[str], None], how: str
 ) -> None:
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True) if how == "fused" else torch.optim.AdamW(model.parameters())
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    if how == "fused":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     train(model, optimizer)
 
     def change() -> None:
@@ -104,7 +106,7 @@ def test_without_the_fence_a_change_is_found_and_nothing_is_committed(
         arm(LATE)
         m.save(step=1)
         change()
-        with pytest.raises(SnapshotFailed, match=r"model.up.weight.* changed while a lazy save was under way; call manager.fence"):
+        with pytest.raises(SnapshotFailed, match=r"model.up.weight.* changed while a lazy save .*; call manager.fence"):
             m.wait()
         assert steps_in(tmp_path) == []
         wanted = snapshot(model, optimizer)
@@ -167,7 +169,8 @@ def test_what_forward_may_change_is_copied_at_once(tmp_path: Path) -> None:
             return self.head(self.momentum(self.scaled(x)))
 
     class Shadow(Part):
-        distckpt_settled = True
+        def settled(self, name: str) -> list[str]:
+            return [f"{name}.w"]
 
     model = Model()
     shadow = Shadow({"w": torch.randn(33)})
@@ -314,7 +317,7 @@ def test_a_preemption_during_a_lazy_save(tmp_path: Path, arm: Callable[[str], No
 
 
 def test_what_cannot_be_held_up_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lazy_staging=True .* needs async_save=True"):
+    with pytest.raises(ConfigError, match=r"lazy_staging=True .* needs async_save=True"):
         CheckpointConfig("x", lazy_staging=True)
 
     class Foreign:
@@ -349,3 +352,26 @@ def test_inference_tensors_have_no_version_and_are_copied_at_once(tmp_path: Path
         assert m.pipeline.arena.copied_at_once == nbytes(model.parameters())
     assert_saved(tmp_path, 1, wanted)
     assert same_bits(open_checkpoint(tmp_path).read("optim.state.bias.momentum_buffer"), torch.ones(3))
+
+
+def test_an_average_is_copied_later_and_its_swap_passes_the_fence(tmp_path: Path, arm: Callable[[str], None]) -> None:
+    model, optimizer = build()
+    ema = EMAModel(model, decay=0.5)
+    with lazy(tmp_path, model, optimizer, stateful={"ema": ema}) as m:
+        train(model, optimizer)
+        ema.update()
+        wanted = snapshot(model, optimizer)
+        wanted |= {f"ema.{name}": shadow.clone() for name, shadow in ema.state_dict()["shadow"].items()}
+        wanted |= {f"ema.{name}": buffer.clone() for name, buffer in model.named_buffers()}  # stored once, as the model's
+        arm(LATE)
+        m.save(step=1)
+        assert m.pipeline.arena.copied_at_once == nbytes(model.buffers())
+        with ema.averaged():
+            pass
+        m.wait()
+        arm(LATE)
+        m.save(step=2)
+        train(model, optimizer)
+        ema.update()
+    for step in (1, 2):
+        assert_saved(tmp_path, step, wanted)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from layout_models import same_bits
 from manager_support import Net, manager, steps_in, train
 from ranks import run_ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,17 @@ from distckpt import failpoints, open_checkpoint
 from distckpt.errors import ConfigError, SaveFailed, SnapshotFailed
 
 LATE = "staging.copy:0:sleep=0.2"
+
+
+class Wide(Net):
+    """Large enough for replicas to share the writing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 1 << 18)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.wide(x).mean()
 
 
 def assert_equal_checkpoints(root: Path, steps: list[int]) -> None:
@@ -34,7 +46,7 @@ def assert_equal_checkpoints(root: Path, steps: list[int]) -> None:
 def sharded_or_replicated(rank: int, root: Path, kind: str) -> tuple[int, int]:
     """Each save is followed at once by a whole training step; returns bytes copied at once, and of all."""
     torch.manual_seed(0)
-    model: Any = Net()
+    model: Any = Wide()
     if kind == "ddp":
         model = DistributedDataParallel(model)
     else:
@@ -71,7 +83,7 @@ def test_torch_layouts_commit_the_state_before_the_step(kind: str, tmp_path: Pat
 
 def unlike_ranks(rank: int, root: Path) -> list[str]:
     """One rank's copy dies, then one rank's weights change behind the fence, then one rank dies for good."""
-    model = DistributedDataParallel(Net())
+    model = DistributedDataParallel(Wide())
     optimizer = torch.optim.AdamW(model.parameters())
     train(model, optimizer)
     errors = []

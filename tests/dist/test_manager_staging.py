@@ -16,7 +16,7 @@ from distckpt.dcp.writer import Staged
 from distckpt.format.shard import Piece
 from distckpt.manager import staging, state_copy
 from distckpt.manager.staging import StagingArena
-from distckpt.storage.direct import address
+from distckpt.storage.direct import HUGE_PAGE, address
 
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.complex128, torch.int64, torch.float8_e4m3fn, torch.uint16)
 
@@ -86,7 +86,7 @@ def test_a_large_arena_asks_for_huge_pages() -> None:
     large = [torch.ones(3 << 20)]
     image = arena.stage(pieces_of(large), large).image
     at = address(image)
-    assert at % staging.HUGE_PAGE == 0
+    assert at % HUGE_PAGE == 0
     inside, flags = False, ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
