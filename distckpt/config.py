@@ -36,6 +36,12 @@ class CheckpointConfig:
     """Store every rank's RNG states."""
     async_save: bool = False
     """Return once the state is copied; write and commit on a background thread."""
+    lazy_staging: bool = False
+    """With ``async_save``: return before the state is copied; optimizer steps wait until it is (docs/async.md)."""
+    background_threads: int = 4
+    """I/O threads of a background save, if fewer than ``threads``: it must not take the CPUs that training needs."""
+    background_nice: int = 5
+    """How much lower the scheduling priority of a background save's threads is (Linux: added to their nice value)."""
     on_busy: str = "wait"
     """A save while another is in flight: ``wait`` for it, ``skip`` this one (returns None), or ``raise``."""
     mode: str = "sharded"
@@ -58,6 +64,9 @@ class CheckpointConfig:
     """A load raises if any name is missing or unexpected."""
     threads: int = DEFAULT_THREADS
     """I/O threads of this rank."""
+    share_loads: str = "auto"
+    """Ranks that want the same bytes (DDP, HSDP) read each once and exchange them: ``auto`` (where the measured speeds of
+    storage and link make that faster), ``always``, ``never``."""
     timeout_s: float = 1800.0
     """Deadline of one save or load, waiting for other ranks included."""
     retries: int = 1
@@ -85,14 +94,15 @@ class CheckpointConfig:
         _choice("metric_mode", self.metric_mode, ("min", "max"))
         _choice("on_busy", self.on_busy, ("wait", "skip", "raise"))
         _choice("mode", self.mode, ("sharded", "full"))
+        _choice("share_loads", self.share_loads, ("auto", "always", "never"))
         for name in ("save_total_limit", "save_every_steps", "save_every_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value!r}: want a positive number, or None")
-        for name in ("threads", "timeout_s", "agree_every_steps", "preemption_budget_s"):
+        for name in ("threads", "background_threads", "timeout_s", "agree_every_steps", "preemption_budget_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want a positive number")
-        for name in ("retries", "max_consecutive_failures", "orphan_grace_s"):
+        for name in ("retries", "max_consecutive_failures", "orphan_grace_s", "background_nice"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want zero or more")
         for name in ("per_rank", "drop_on_resize", "preemption_signals"):
@@ -102,6 +112,8 @@ class CheckpointConfig:
             raise ConfigError(
                 "mode='full' gathers tensors on the training thread: async_save=True needs mode='sharded'"
             )
+        if self.lazy_staging and not self.async_save:
+            raise ConfigError("lazy_staging=True copies the state in the background: it needs async_save=True")
         both = set(self.per_rank) & set(self.drop_on_resize)
         if both:
             raise ConfigError(f"{sorted(both)} are in per_rank and in drop_on_resize: choose one")

@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
     os.environ[_name] = "1"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ["HF_HUB_OFFLINE"] = "1"  # models and tokenizers of tests are made here; nothing may be fetched
 # A TCPStore server looks up the name of every peer that connects, and all ranks wait while it does: a lost DNS
 # packet costs 5 s. No test needs DNS, so the resolver may ask no server (names in /etc/hosts still resolve).
 os.environ.setdefault("RES_OPTIONS", "attempts:0")

@@ -183,6 +183,13 @@ def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destina
     place = _place_of_run(source, run, box)
     nbytes = run_nbytes(run)
     view = memoryview(bytearray(nbytes)) if place is None else destination[place : place + nbytes]
+    read_checked(store, source, run, view)
+    if place is None:
+        _scatter(source, run, box, view, destination)
+
+
+def read_checked(store: Reader, source: Source, run: Sequence[Block], view: memoryview) -> None:
+    """Read a run of a source's blocks into the start of ``view``; ``ShardError`` if it cannot be, or is damaged."""
     try:
         damaged = read_run(store, source.path, run, view)
     except StoreError as error:
@@ -195,8 +202,6 @@ def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destina
             f"{source.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
             f"written by rank {source.rank}, do not match their digest; the file is damaged"
         )
-    if place is None:
-        _scatter(source, run, box, view, destination)
 
 
 def _place_of_run(source: Source, run: list[Block], box: Box) -> int | None:

@@ -20,6 +20,7 @@ from distckpt.format import typed_json
 from distckpt.format.box_reader import Reader, Source, fill, sources_tile
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
+from distckpt.format.flat_reader import fill_flat, rows_around
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
 from distckpt.format.read_ahead import ReadAhead
@@ -62,6 +63,7 @@ class Checkpoint:
         self.committed = committed
         self.manifest = manifest
         self._index = ShardIndex(store, manifest, committed.folder)
+        self._tiled: set[tuple[str, Box]] = set()
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, generation={self.generation})"
@@ -180,6 +182,25 @@ class Checkpoint:
         if octets.numel():
             fill(store, sources, box, octets.numpy().data)
         return octets.view(dtype).reshape(box.sizes) if octets.numel() else torch.empty(box.sizes, dtype=dtype)
+
+    def read_into(self, fqn: str, box: Box, start: int, stop: int, view: memoryview) -> None:
+        """Put bytes [start, stop) of the row-major elements of a box into ``view``, verified; for streamed reading.
+
+        ``box`` lies within the tensor, ``start`` and ``stop`` between elements; ``view`` is flat, writable and of that
+        length. Raises ``IncompatibleState`` for an unknown name, ``ShardError`` for damage.
+        """
+        name = self._resolve(fqn)
+        if (name, box) not in self._tiled:
+            sources_tile(name, self._sources(name, box), box, self.path)
+            self._tiled.add((name, box))
+        size = itemsize(self.manifest.tensors[name].dtype)
+        rows = rows_around(box, start // size, -(-stop // size))
+        fill_flat(self.store, self._sources(name, rows), box, start, stop, view)
+
+    def shards(self) -> list[dict[str, list[Box]]]:
+        """Return the boxes that each shard holds, by FQN; reads all headers. Raises ``ShardError``."""
+        every = self._index.open(range(len(self.manifest.shards)))
+        return [{fqn: [stored.box for stored in held] for fqn, held in boxes.items()} for boxes in every]
 
     def state_dict(self, prefix: str = "model.") -> dict[str, torch.Tensor]:
         """Return the tensors whose names start with ``prefix``, under the rest of their names.
