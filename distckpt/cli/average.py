@@ -89,7 +89,7 @@ def average(
             mode=mode,
             every=every,
             window=None if window is None else _window(window),
-            steps=[] if steps is None else _numbers("--steps", steps, int),
+            steps=[] if steps is None else [int(n) for n in _numbers("--steps", steps, int)],
             evaluate=evaluate,
             cache=cache,
             prefix=prefix,
