@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distckpt import clock
 from distckpt.errors import StoreError
@@ -40,7 +40,8 @@ class SlowStore:
 
     def __init__(self, inner: Store, slowness: Slowness = Slowness(), seed: int = 0) -> None:
         self.inner, self.slowness = inner, slowness
-        self.url, self.capabilities, self.counters = inner.url, inner.capabilities, inner.counters
+        self.url, self.counters = inner.url, inner.counters
+        self.capabilities = replace(inner.capabilities, latency=True)
         self.seen: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._in_flight, self._link_free_at = 0, 0.0

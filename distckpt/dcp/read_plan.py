@@ -1,7 +1,7 @@
 """From wanted boxes to read requests: which bytes of which shard, and where they go. Nothing is read but headers.
 
 The unit of verification is the block, the unit of work a run: blocks of one stored box that follow each other. Runs are
-packed into requests of up to ``SPAN`` (2 MiB) in file order, whatever tensors they belong to, so that a thousand small
+packed into requests of up to ``SPAN`` in file order, whatever tensors they belong to, so that a thousand small
 tensors cost no more requests than a large one.
 """
 
@@ -26,6 +26,8 @@ A block of a large tensor seldom starts where a page does, so two make a request
 time, are as fast as larger ones or faster on the devices tried, and what was read is still in the processor's cache when
 it is hashed and copied on.
 """
+FAR_SPAN = 4 << 20
+"""The same where each request costs tens of milliseconds (object stores)."""
 GAP = 256 << 10
 """Runs of one file with at most this many unwanted bytes between them are read in one request."""
 
@@ -122,7 +124,8 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
     by_shard: dict[int, list[Run]] = {}
     for (shard, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
         by_shard.setdefault(shard, []).extend(_runs(stored, uses, index.header(shard).block))
-    return [Request(shard, runs) for shard, every in by_shard.items() for runs in _packed(every)]
+    span = FAR_SPAN if index.store.capabilities.latency else SPAN
+    return [Request(shard, runs) for shard, every in by_shard.items() for runs in _packed(every, span)]
 
 
 def _use(want: Want, stored: StoredBox) -> Use:
@@ -187,7 +190,7 @@ def _span(box: Box, shape: Sequence[int]) -> tuple[int, int]:
     return low, high + 1
 
 
-def _packed(runs: Sequence[Run]) -> Iterator[list[Run]]:
+def _packed(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
     """Pack runs of one file, in file order, into requests; long runs are cut between blocks."""
     request: list[Run] = []
     for run in runs:
@@ -195,11 +198,11 @@ def _packed(runs: Sequence[Run]) -> Iterator[list[Run]]:
         while rest is not None:
             begin = request[0].start if request else rest.start
             gap = rest.start - (request[-1].start + request[-1].nbytes) if request else 0
-            if request and (gap > GAP or begin + SPAN - rest.start < min(rest.nbytes, rest.block)):
+            if request and (gap > GAP or begin + most - rest.start < min(rest.nbytes, rest.block)):
                 yield request
                 request = []
                 continue
-            head, rest = _cut(rest, begin + SPAN - rest.start)
+            head, rest = _cut(rest, begin + most - rest.start)
             request.append(head)
     if request:
         yield request

@@ -36,7 +36,9 @@ __all__ = ["CheckpointReader", "ReadStats", "Want"]
 
 Progress = Callable[[int], None] | None
 READ_THREADS = 6
-"""Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start."""
+"""Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start.
+
+Where requests wait for a far service and not for a device, as many as the caller allows."""
 MAX_OPEN = 64
 """Files kept open during one read; further ones are opened for each request."""
 
@@ -98,7 +100,7 @@ class CheckpointReader:
                 if progress is not None:
                     progress(request.stop - request.start)
 
-            run_all(run, requests, min(threads, READ_THREADS), "read")
+            run_all(run, requests, self._depth(threads), "read")
 
     def read_shared(
         self,
@@ -124,9 +126,12 @@ class CheckpointReader:
                 if progress is not None:
                     progress(request.stop - request.start)
 
-            work = share.SharedRead(group, requests, fetch, deliver, min(threads, READ_THREADS))
+            work = share.SharedRead(group, requests, fetch, deliver, self._depth(threads))
             rest = work.run(decide)
         self.read_requests(rest, threads=threads, progress=progress)
+
+    def _depth(self, threads: int) -> int:
+        return threads if self.store.capabilities.latency else min(threads, READ_THREADS)
 
     def _run(self, file: Reader, request: Request, compare: bool) -> None:
         nbytes = request.stop - request.start

@@ -25,6 +25,8 @@ class Capabilities:
     """Other processes on other hosts may see the same names."""
     exclusive_create: bool = True
     """``create`` lets exactly one of several racing writers win."""
+    latency: bool = False
+    """A request costs tens of milliseconds whatever it fetches: readers ask for more at once, and more at a time."""
 
 
 @dataclass(frozen=True, slots=True)

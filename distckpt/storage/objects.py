@@ -33,7 +33,7 @@ class ObjectStore:
     repetitions end within ``settings.deadline_s`` seconds.
     """
 
-    capabilities = Capabilities(random_write=False, folders=False, shared=True)
+    capabilities = Capabilities(random_write=False, folders=False, shared=True, latency=True)
 
     def __init__(self, scheme: str, bucket: str, prefix: str = "", settings: ObjectStoreConfig | None = None) -> None:
         """``ConfigError`` for a prefix that is no sequence of names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,8 +50,8 @@ class Clients:
     Whatever happens, a request of ``steady`` ends within the deadline of the settings, one of ``once`` in a quarter.
     """
 
-    steady: Client
-    once: Client
+    steady: Client = field(repr=False)  # obstore's own repr panics where the environment holds the account's name
+    once: Client = field(repr=False)
 
 
 def open_clients(scheme: str, bucket: str, settings: ObjectStoreConfig, url: str) -> Clients:

@@ -327,3 +327,17 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="credentials") as caught:
         open_store("s3://key:canary@bucket/run")
     assert "canary" not in str(caught.value)
+
+
+def test_the_other_services_are_set_up_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "Y2FuYXJ5")
+    for scheme, service in (("gs", "Google Cloud Storage"), ("az", "Azure Blob Storage")):
+        store = open_store(f"{scheme}://bucket/run")
+        assert isinstance(store, ObjectStore)
+        assert (store.url, store.bucket.service) == (f"{scheme}://bucket/run", service)
+        clients = store.bucket._clients()  # made, without a request
+        assert "canary" not in f"{clients} {store!r}"
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    with pytest.raises(ConfigError, match="AZURE_STORAGE_ACCOUNT_NAME"):
+        open_store("az://bucket/run").size("a")

@@ -192,7 +192,7 @@ def test_requests_follow_bytes_and_not_tensors(
     load = s3.ask("seen")["requests"]
     assert all(bool((parameter == i).all()) for i, parameter in enumerate(model.values()))
     data = [r for r in load if r.endswith(".safetensors")]
-    assert len([r for r in data if r.startswith("GET")]) <= 3  # header, its rest, and 3 MB of data
+    assert len([r for r in data if r.startswith("GET")]) <= 3  # header, its rest, and 3 MB of data in one
     assert (len(first), len(second), len(load)) <= (60, 45, 25), (first, second, load)
     s3.ask("watch")
     offline = open_checkpoint(root).state_dict()

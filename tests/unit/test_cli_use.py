@@ -189,7 +189,7 @@ def test_text_helpers() -> None:
 def test_nothing_heavy_is_imported(root: Path, arguments: list[str]) -> None:
     program = (
         "import sys; from distckpt.cli.main import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'numpy', 'safetensors'} & set(sys.modules); "
+        "heavy = {'torch', 'numpy', 'safetensors', 'obstore'} & set(sys.modules); "
         "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
     )
     command = [sys.executable, "-c", program, *arguments, str(root)]
