@@ -34,6 +34,7 @@ from distckpt.errors import (
     LayoutChanged,
     ReplicasDiffer,
     SaveFailed,
+    SnapshotFailed,
     StaleGeneration,
     UnserializableState,
 )
@@ -99,16 +100,18 @@ def write_and_commit(
     threads: int,
     timeout_s: float,
     before_write: Callable[[], None] = lambda: None,
+    before_receipt: Callable[[], None] = lambda: None,
 ) -> str:
     """Write this rank's shard, and commit the checkpoint with all others; returns the manifest's name on the store.
 
-    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there).
+    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there), ``before_receipt``
+    once the shard is durable; what either raises fails the save on every rank.
     Every rank gets the same answer. Raises ``SaveFailed`` (or ``StaleGeneration``, ``LayoutChanged``,
     ``ReplicasDiffer``) with all failed ranks' causes; ``CommitInDoubt`` where storage could not be asked either.
     """
     deadline = Deadline.after(timeout_s)
     try:
-        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write)
+        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write, before_receipt)
     except AgreementError as error:
         return _resolve(store, request, error)
 
@@ -122,6 +125,7 @@ def _attempt(
     threads: int,
     deadline: Deadline,
     before_write: Callable[[], None],
+    before_receipt: Callable[[], None],
 ) -> str:
     failpoints.hit("save.begin", request.save_id)
     begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
@@ -147,6 +151,7 @@ def _attempt(
         )
         store.sync_folder(folder)
         failpoints.hit("save.synced", request.save_id)
+        before_receipt()
         receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written))
 
     def decide(payloads: list[bytes]) -> bytes:
@@ -323,6 +328,7 @@ def save_error(step: int, error: AgreementError) -> DistckptError:
     kinds: tuple[type[DistckptError], ...] = (
         StaleGeneration,
         LayoutChanged,
+        SnapshotFailed,
         ReplicasDiffer,
         IncompatibleState,
         UnserializableState,

@@ -27,8 +27,9 @@ from distckpt.format.manifest import Manifest, reread_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
 from distckpt.manager.exchange import Opening, read_small
+from distckpt.manager.reading import Restore
 from distckpt.manager.report import LoadOptions, LoadReport
-from distckpt.manager.restore import Restore, restore
+from distckpt.manager.restore import restore
 from distckpt.manager.root import RunRoot
 from distckpt.storage import open_store
 from distckpt.storage.base import Store
