@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def thousand(worlds: list[int]) -> list[dict[str, Any]]:
     rows = []
     for world in worlds:
         job = shapes.thousand(world)
-        cold = _quietly(lambda job=job: measure.plan(job))
+        cold = _quietly(partial(measure.plan, job))
         sizes, manifest = measure.metadata(cold.plans[0])
         receipts = save.receipts(cold.plans[0])
         rows.append(
@@ -51,7 +52,7 @@ def thousand(worlds: list[int]) -> list[dict[str, Any]]:
                 "boxes": world * len(cold.plans[0].held.tensors),
                 "first_plan": cold.row(),
                 "steady_plan": measure.plan(job, cold.plans).row(),
-                "resumed_plan": _quietly(lambda job=job, m=manifest: measure.plan(job, resumed=m)).row(),
+                "resumed_plan": _quietly(partial(measure.plan, job, resumed=manifest)).row(),
                 "manifest": sizes,
                 "receipts": receipts,
                 "coordinator_s": cold.leader_s + receipts["cpu_s"] + sizes["encode_cpu_s"],
@@ -65,7 +66,7 @@ def layouts(world: int) -> list[dict[str, Any]]:
     rows = []
     for name, make in LAYOUTS:
         job = make(MODELS[name], world)
-        cold = _quietly(lambda job=job: measure.plan(job))
+        cold = _quietly(partial(measure.plan, job))
         whole = cold.plans[0].held
         sizes, manifest = measure.metadata(cold.plans[0])
         rank = world // 2 + 1
@@ -99,7 +100,7 @@ def reshard(world: int, to: int) -> dict[str, Any]:
 
 def proofs(quick: bool) -> list[dict[str, Any]]:
     """Return what holds for the boxes of every rank together."""
-    few, many = (512, 1024) if quick else (2048, 16384)
+    few, many = (256, 1024) if quick else (1024, 16384)
     jobs = [
         shapes.fsdp(SHALLOW, few),
         shapes.hsdp(SHALLOW, few),
@@ -115,8 +116,9 @@ def peers(quick: bool) -> dict[str, Any]:
     """Return DCP's figures on 100 tensors a rank, the fit, how well it predicts a wider point, and what it says beyond."""
     worlds = [64, 128, 256] if quick else [64, 128, 256, 512, 1024]
     rows = [dcp.measure(shapes.thousand(world, 100), collect=on) for world in worlds for on in (True, False)]
-    running = [row for row in rows if row["gc"]]
+    running, without = ([row for row in rows if row["gc"] is on] for on in (True, False))
     a, b = dcp.fit([(row["boxes"], row["coordinator_s"]) for row in running])
+    c, d = dcp.fit([(row["boxes"], row["coordinator_s"]) for row in without])
     check = dcp.measure(shapes.thousand(1024 if quick else 4096, 25), collect=True)
     far = 16384 * 1000
     return {
@@ -127,6 +129,7 @@ def peers(quick: bool) -> dict[str, Any]:
             "ranks": 16384,
             "boxes": far,
             "coordinator_s": a * far**b,
+            "coordinator_without_gc_s": c * far**d,
             "metadata_bytes": running[-1]["metadata_bytes"] / running[-1]["boxes"] * far,
             "gathered_bytes": running[-1]["gathered_bytes"] / running[-1]["boxes"] * far,
         },
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=RESULTS / "sim.png")
     args = parser.parse_args()
     console, started, before = Console(), time.monotonic(), os.getloadavg()
+    console.width = max(console.width, 150)
     most = 1024 if args.quick else 16384
     worlds = [8 << i for i in range(12) if 8 << i <= most]
     found: dict[str, Any] = {"command": "python -m benchmarks.sim" + (" --quick" if args.quick else "")}
@@ -157,7 +161,7 @@ def main() -> None:
             ("layouts", lambda: layouts(most)),
             ("reshard", lambda: reshard(most, most * 3 // 8)),
             ("proofs", lambda: proofs(args.quick)),
-            ("storage", lambda: {n: save.storage(shapes.thousand(n, 4)) for n in (1, 2, 4, 8)}),
+            ("storage", lambda: {n: save.storage(shapes.thousand(n, 4, extent=8)) for n in (1, 2, 4, 8)}),
             ("dcp", lambda: peers(args.quick)),
         ):
             status.update(f"{name} ...")
