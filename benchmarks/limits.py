@@ -6,45 +6,71 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 REQUEST = 8 << 20
+_WARMING = bytearray(8 << 20)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def disk_write(folder: Path, nbytes: int, *, threads: int = 8) -> float:
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Requests of ``request`` bytes, ``threads`` of them in flight."""
+
+    threads: int = 8
+    request: int = REQUEST
+
+
+QUICK_POINTS = tuple(Point(threads, request << 20) for threads in (4, 12) for request in (4, 8))
+ALL_POINTS = tuple(Point(threads, request << 20) for threads in (1, 2, 4, 8, 12, 16) for request in (1, 4, 8, 16))
+
+
+def disk_write(folder: Path, nbytes: int, *, threads: int = 8, request: int = REQUEST) -> float:
     """Return bytes a second of durable direct writes: preallocated file, aligned requests, fsync of file and folder."""
     path = folder / f"raw-{os.getpid()}"
     flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT
     fd = _open_direct(path, flags)
-    buffer = _random_pages(REQUEST)
-    count = max(1, nbytes // REQUEST)
+    buffer = _random_pages(request)
+    count = max(1, nbytes // request)
     try:
         started = time.perf_counter()
-        os.posix_fallocate(fd, 0, count * REQUEST)
+        os.posix_fallocate(fd, 0, count * request)
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda i: os.pwrite(fd, buffer, i * REQUEST), range(count)))
+            list(pool.map(lambda i: os.pwrite(fd, buffer, i * request), range(count)))
         os.fsync(fd)
         _sync_folder(folder)
         seconds = time.perf_counter() - started
     finally:
         os.close(fd)
         path.unlink()
-    return count * REQUEST / seconds
+    return count * request / seconds
 
 
-def disk_read(paths: list[Path], *, threads: int = 8) -> float:
+def write_file(path: Path, nbytes: int) -> None:
+    """Write a file of random bytes for reading probes; durable, and not in the page cache afterwards."""
+    with path.open("wb") as file:
+        for _ in range(max(1, nbytes // REQUEST)):
+            file.write(_random_pages(REQUEST))
+        os.fsync(file.fileno())
+    drop_caches([path])
+
+
+def disk_read(paths: list[Path], *, threads: int = 8, request: int = REQUEST) -> float:
     """Return bytes a second of direct reads of these files into aligned buffers."""
     jobs = []
     fds = []
     for path in paths:
         fd = _open_direct(path, os.O_RDONLY | os.O_DIRECT)
         fds.append(fd)
-        jobs += [(fd, at) for at in range(0, path.stat().st_size, REQUEST)]
-    buffers = [mmap.mmap(-1, REQUEST) for _ in range(threads)]
+        jobs += [(fd, at) for at in range(0, path.stat().st_size, request)]
+    buffers = [mmap.mmap(-1, request) for _ in range(threads)]
+    for buffer in buffers:
+        buffer[:: mmap.PAGESIZE] = bytes(-(-request // mmap.PAGESIZE))  # touched outside the clock
 
     def read(job: tuple[int, int, int]) -> int:
         index, fd, at = job
@@ -66,6 +92,47 @@ def memory_copy(nbytes: int) -> float:
     started = time.perf_counter()
     np.copyto(target, source)
     return nbytes / (time.perf_counter() - started)
+
+
+def copy_rate(source: np.ndarray, scratch: np.ndarray, *, threads: int = 1) -> float:
+    """Return bytes a second of copying all of ``source`` (uint8) into ``scratch``, again and again where it is smaller.
+
+    Both must have been touched before. With several threads, each copies its part.
+    """
+
+    def copy(part: int) -> None:
+        room = scratch[part * scratch.size // threads : (part + 1) * scratch.size // threads]
+        low, high = part * source.size // threads, (part + 1) * source.size // threads
+        for at in range(low, high, room.size):
+            piece = source[at : min(high, at + room.size)]
+            np.copyto(room[: piece.size], piece)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))  # threads are started before the clock
+        started = time.perf_counter()
+        list(pool.map(copy, range(threads)))
+        return source.size / (time.perf_counter() - started)
+
+
+def best_point(measure: Callable[[Point], float], points: Sequence[Point]) -> Point:
+    """Return the point at which a measure is highest: depth and request size decide what a disk gives."""
+    return max(points, key=measure)
+
+
+def warm_caches(paths: list[Path]) -> int:
+    """Read these files into the page cache; return how many of their pages are not resident (0: warm)."""
+    absent = 0
+    for path in paths:
+        size = path.stat().st_size
+        if size == 0:
+            continue
+        fd = os.open(path, os.O_RDONLY)
+        at = 0
+        while at < size:
+            at += os.preadv(fd, [_WARMING], at) or size
+        absent += -(-size // mmap.PAGESIZE) - _resident_pages(fd, size)
+        os.close(fd)
+    return absent
 
 
 def drop_caches(paths: list[Path]) -> int:

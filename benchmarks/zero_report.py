@@ -24,10 +24,10 @@ def machine(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("ranks", "to", "rounds", "mbytes", "stages", "again", "state_bytes")
     return {
         "cores": os.cpu_count(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "memory_bytes": pages * page,
         "kernel": platform.release(),
-        "file_system": _file_system(folder),
+        "file_system": file_system(folder),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "load_average_before": os.getloadavg(),
@@ -35,14 +35,14 @@ def machine(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
-def _file_system(folder: Path) -> str:
+def file_system(folder: Path) -> str:
     """Return the type of the file system that holds ``folder``."""
     best, kind = "", "unknown"
     for line in Path("/proc/self/mounts").read_text().splitlines():

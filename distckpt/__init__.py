@@ -13,8 +13,10 @@ _HOMES = {
     "Checkpoint": "distckpt.format.checkpoint",
     "open_checkpoint": "distckpt.format.checkpoint",
     "list_checkpoints": "distckpt.format.checkpoint",
+    "EMAModel": "distckpt.averaging.ema",
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
+    "average_checkpoints": "distckpt.averaging.average",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
 }
@@ -22,6 +24,8 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.average import average_checkpoints as average_checkpoints
+    from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
     from distckpt.format.checkpoint import Checkpoint as Checkpoint

@@ -55,6 +55,10 @@ class StaleGeneration(SaveFailed):
     """A newer job owns this root; this job may no longer commit."""
 
 
+class SnapshotFailed(SaveFailed):
+    """The copy that a save was to write is not one moment's state: it broke off, or what it copies was changed."""
+
+
 class CommitInDoubt(SaveFailed):
     """Whether the commit took place could not be found out in time; the next start resolves it."""
 

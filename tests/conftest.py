@@ -22,8 +22,13 @@ for _folder in (str(_TESTS.parent), str(_TESTS)):
         sys.path.insert(0, _folder)
 
 import random  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from s3_support import S3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,3 +51,19 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """One S3 server for the session; obstore finds it through the environment."""
+    from s3_support import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    """Return the name of a new, empty bucket of ``s3``, whose faults and counts are forgotten."""
+    s3.ask("watch")
+    return s3.bucket()
