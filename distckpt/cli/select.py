@@ -62,10 +62,12 @@ def select(
 
     rule, costs = as_rule(by), options.parse_costs(cost)
     if pareto:
-        objectives = [
-            (name, clause.mode) for clause in rule.clauses if hasattr(clause, "mode") for name in clause.metrics
-        ]
-        _print_front(front(paths, objectives, data=data), [name for name, _ in objectives], json)
+        other = next((str(clause) for clause in rule.clauses if not hasattr(clause, "mode")), None)
+        if other is not None or costs or threshold:
+            raise ConfigError(f"--pareto takes 'max NAME' and 'min NAME' alone, no {other or 'costs or thresholds'}")
+        objectives = [(name, clause.mode) for clause in rule.clauses for name in clause.metrics]  # type: ignore[union-attr]
+        found = front(paths, objectives, data=data, evaluator=evaluator)
+        _print_front(found, [name for name, _ in objectives], json)
         return
     choice = choose(
         paths,
@@ -79,13 +81,16 @@ def select(
     )
     more = _more(choice, paths, test, evaluator, costs, bootstrap, confidence)
     if json:
-        chosen = [{"name": c.name, "path": c.path, "step": c.step, **_values(c, choice.rule)} for c in choice.ranked]
+        chosen = [
+            {"name": c.name, "path": c.path, "step": c.step, **_values(c, choice.rule, confidence)}
+            for c in choice.ranked
+        ]
         told = {"rule": choice.rule, "data": choice.data, "threshold": choice.threshold, "tied": choice.tied}
         print_json({**told, "chosen": chosen, "missing": dict(choice.missing), "stages": choice.stages, **more})
     else:
         for line in choice.lines():
             print(one_line(line))
-        _print_chosen(choice)
+        _print_chosen(choice, confidence)
         _print_more(more)
     if choice.winner is None:
         raise typer.Exit(1)
@@ -111,8 +116,11 @@ def _more(
 ) -> dict[str, Any]:
     """Return what statistics were asked for: the winner on other data, and the choice redone."""
     from distckpt.selection.curse import bootstrap_choice, reestimate
+    from distckpt.selection.evaluation import costs_of
     from distckpt.selection.ledger import candidates_of
     from distckpt.selection.rules import as_rule
+    from distckpt.selection.select import with_costs
+    from distckpt.selection.statistics import compare_with_best
     from distckpt.selection.thresholds import kept_predictions, with_threshold
 
     found: dict[str, Any] = {}
@@ -126,19 +134,27 @@ def _more(
         found["bootstrap"] = bootstrap_choice(
             every, choice.rule, costs=costs, resamples=bootstrap, confidence=confidence
         )
+        aim = as_rule(choice.rule).aim
+        if aim is not None and len(aim.terms) == 1:
+            kept = {candidate.name: kept_predictions(candidate.evaluation) for candidate in choice.candidates}
+            told = {"best": choice.winner.name, "costs": costs or costs_of(winner), "alpha": 1 - confidence}
+            found["compared"] = compare_with_best(kept, aim.metrics[0], aim.mode, resamples=bootstrap, **told)
     if test:
         same = [c.evaluation for c in candidates_of(paths, test, evaluator=evaluator) if c.evaluation]
-        fresh = next((one for one in same if one.checkpoint.digest == winner.checkpoint.digest), None)
+        mine = (winner.checkpoint.digest, winner.checkpoint.prefix)
+        fresh = next((one for one in same if (one.checkpoint.digest, one.checkpoint.prefix) == mine), None)
         if fresh is None:
             raise CheckpointNotFound(f"{choice.winner.name} was not evaluated on {test}; run distckpt evaluate on it")
         if winner.threshold is not None:
             fresh = with_threshold(fresh, kept_predictions(fresh), winner.threshold, costs=costs)
-        aim = as_rule(choice.rule)
-        found["test"] = [reestimate(winner, fresh, metric, confidence=confidence) for metric in aim.metrics]
+        elif costs:
+            fresh = with_costs(fresh, costs)
+        metrics = as_rule(choice.rule).metrics
+        found["test"] = [reestimate(winner, fresh, metric, confidence=confidence) for metric in metrics]
     return found
 
 
-def _values(candidate: Any, rule: str) -> dict[str, Any]:
+def _values(candidate: Any, rule: str, confidence: float) -> dict[str, Any]:
     from distckpt.selection.rules import as_rule
 
     names = as_rule(rule).metrics
@@ -146,13 +162,28 @@ def _values(candidate: Any, rule: str) -> dict[str, Any]:
         "metrics": {name: candidate.metrics.get(name) for name in names},
         "counts": {name: candidate.counts[name] for name in names if name in candidate.counts},
         "n": {name: candidate.n[name] for name in names if name in candidate.n},
+        "intervals": _intervals(candidate, names, confidence),
     }
 
 
-def _print_chosen(choice: Any) -> None:
+def _intervals(candidate: Any, names: Any, confidence: float) -> dict[str, Any]:
+    """Return Wilson's intervals of those that are proportions; others cost a bootstrap each."""
+    from distckpt.selection.statistics import interval_of, is_proportion
+
+    found = {
+        name: interval_of(candidate, name, confidence=confidence) for name in names if is_proportion(candidate, name)
+    }
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def _print_chosen(choice: Any, confidence: float) -> None:
+    from distckpt.selection.rules import as_rule
+
     for place, candidate in enumerate(choice.ranked, start=1):
         print(f"\nchosen: {clean(candidate.name)}" if len(choice.ranked) == 1 else f"{place}. {clean(candidate.name)}")
         print(f"  {clean(candidate.path)}")
+        for name, interval in _intervals(candidate, as_rule(choice.rule).metrics, confidence).items():
+            print(f"  {clean(name)}: {interval}, {interval.method} at {confidence:.0%}")
 
 
 def _print_more(more: dict[str, Any]) -> None:
@@ -166,6 +197,10 @@ def _print_more(more: dict[str, Any]) -> None:
         print(
             f"{b.metric}: {b.observed:.4f}, of which {b.optimism:.4f} is the luck of the best; corrected {b.corrected:.4f}"
         )
+    if "compared" in more:
+        tied = [clean(one.name) for one in more["compared"] if one.tied]
+        apart = ", ".join(tied) or "none"
+        print(f"these rows do not tell it from (paired tests, Holm for {len(more['compared'])}): {apart}")
     for one in more.get("test", ()):
         ends = (
             ""

@@ -13,8 +13,8 @@ from distckpt.errors import ConfigError
 from distckpt.selection.cache import load_predictions
 from distckpt.selection.evaluation import Costs, Evaluation, costs_of, value_and_n
 from distckpt.selection.predictions import Array, Predictions
-from distckpt.selection.rules import Rule, as_rule, choose, eligible
-from distckpt.selection.statistics import Interval, check_paired, interval_of, wilson
+from distckpt.selection.rules import Require, Rule, as_rule, choose, eligible
+from distckpt.selection.statistics import Interval, check_paired, interval_of, is_proportion, wilson
 from distckpt.selection.thresholds import kept_predictions
 from distckpt.selection.totals import metric_of, row_totals
 
@@ -89,6 +89,9 @@ def bootstrap_choice(
     pairs = [one if isinstance(one, tuple) else (one, kept_predictions(one)) for one in candidates]
     for _, predictions in pairs[1:]:
         check_paired(pairs[0][1], predictions)
+    for clause in parsed.clauses:
+        if isinstance(clause, Require) and clause.end != "value" and not is_proportion(pairs[0][0], clause.metric):
+            raise ConfigError(f"rule {parsed}: {clause}: here only accuracy, precision and recall have intervals")
     tables = [_tables(predictions, parsed, costs or costs_of(one)) for one, predictions in pairs]
     n = len(pairs[0][1])
     whole = _draw(pairs, tables, np.ones((1, n)), np.arange(n)[None])[0]
@@ -149,7 +152,7 @@ def _draw(
 def _winner(rule: Rule, drawn: Sequence[_Drawn], confidence: float) -> _Drawn | None:
     def ends(candidate: _Drawn, metric: str) -> tuple[float, float] | None:
         counts = candidate.counts.get(metric)
-        found = None if counts is None or metric.startswith("f1_") else wilson(*counts, confidence)
+        found = wilson(*counts, confidence) if counts is not None and is_proportion(candidate, metric) else None
         return None if found is None else (found.low, found.high)
 
     pool, _ = eligible(rule, drawn, ends)

@@ -69,8 +69,7 @@ class HuggingFaceEvaluator(ABC):
             _complete(subject, set(told["missing_keys"]) | {str(one) for one in told.get("mismatched_keys", ())})
         else:
             model = auto.from_config(self._config(subject))
-            weights = {clean_fqn(name): tensor for name, tensor in subject.state_dict().items()}
-            load_weights(subject, model, weights)
+            load_weights(subject, model, subject.state_dict())
             model = model if self.dtype is None else model.to(getattr(torch, self.dtype))
         folder = self.tokenizer or (subject.path if subject.id.kind == "huggingface" else None)
         if folder is None:
@@ -221,10 +220,11 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def load_weights(subject: Subject, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load weights into a model; what is tied to a loaded tensor may be absent.
+    """Load weights into a model, whatever wrappers stand in their names; what is tied to a loaded tensor may be absent.
 
     Raises ``IncompatibleState`` where the model lacks a weight, or the checkpoint has one that the model has not.
     """
+    weights = {clean_fqn(name): tensor for name, tensor in weights.items()}
     told = model.load_state_dict(weights, strict=False)
     state = model.state_dict(keep_vars=True)
     loaded = {state[name].data_ptr() for name in weights if name in state}

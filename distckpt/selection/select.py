@@ -137,9 +137,10 @@ def pareto(
     objectives: Sequence[tuple[str, str]],
     *,
     data: str | None = None,
+    evaluator: str | None = None,
 ) -> list[Candidate]:
     """Return the candidates that no other beats in every (metric, mode), earliest first. Errors as in ``select``."""
-    found = candidates_of(candidates, data)
+    found = candidates_of(candidates, data, evaluator=evaluator)
     check_comparable(found)
     return pareto_front(found, objectives)
 

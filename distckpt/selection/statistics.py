@@ -74,6 +74,11 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> Interval | None:
     return Interval(hits / n, float(low), float(high), n, confidence, "Wilson")
 
 
+def is_proportion(candidate: Any, metric: str) -> bool:
+    """Whether a metric is a share of rows (accuracy, precision, recall) whose counts are known."""
+    return metric in candidate.counts and metric.startswith(_PROPORTIONS)
+
+
 def interval_of(
     candidate: Any, metric: str, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval | None:
@@ -83,9 +88,9 @@ def interval_of(
     predictions.
     """
     evaluation = candidate if isinstance(candidate, Evaluation) else getattr(candidate, "evaluation", None)
-    counts = candidate.counts.get(metric)
-    if counts is not None and metric.startswith(_PROPORTIONS):
-        return wilson(counts[0], counts[1], confidence)
+    if is_proportion(candidate, metric):
+        hits, n = candidate.counts[metric]
+        return wilson(hits, n, confidence)
     if evaluation is None or evaluation.predictions is None:
         return None
     return bootstrap_interval(

@@ -30,7 +30,12 @@ class RowTotals:
 
     def of_rows(self, rows: Array) -> Array:
         """Return the metric of each set of rows; ``rows`` is (..., k) of positions."""
-        return self.value(self.terms[rows].sum(axis=-2))
+        # How often each row was drawn, times the terms: faster than gathering terms row by row.
+        flat, n = rows.reshape(-1, rows.shape[-1]), len(self.terms)
+        offsets = np.arange(len(flat))[:, None] * n
+        times = np.bincount((flat + offsets).ravel(), minlength=len(flat) * n).reshape(len(flat), n)
+        totals = times.astype(np.float64) @ self.terms
+        return self.value(totals.reshape(*rows.shape[:-1], self.terms.shape[1]))
 
 
 def row_totals(predictions: Predictions, metric: str, costs: Costs | None = None) -> RowTotals | None:

@@ -297,6 +297,8 @@ def test_the_commands(
     assert "chosen: step" in out
     assert "chosen again on 50 resamples of 101 rows" in out
     assert "which had no part in it" in out
+    assert "Wilson at 95%" in out
+    assert "these rows do not tell it from (paired tests, Holm for 2): " in out
     code, told = run_json(
         capsys, "select", root, "--by", "min cost", "--data", "validation", "--top", 2, "--bootstrap", 20
     )
@@ -326,6 +328,7 @@ def test_the_commands_refuse(
     code, out, _ = run(capsys, "select", root, "--by", "accuracy > 2, max accuracy", "--data", "v")
     assert (code, "no candidate meets the rule" in out) == (1, True)
     assert run(capsys, "select", root, "--by", "max f7", "--data", "v")[0] == 1
+    assert run(capsys, "select", root, "--by", "accuracy > 0, max accuracy", "--data", "v", "--pareto")[0] == 2
     assert run(capsys, "select", root, "--by", "max loss", "--bootstrap", 9)[0] == 2
     for wrong in (["--cost", "a=1"], ["--tokenizer", "x"], ["--metric", "no.such.module:f"]):
         assert (

@@ -20,7 +20,8 @@ from distckpt.errors import ConfigError, IncompatibleState
 from distckpt.selection.cache import load_predictions
 from distckpt.selection.data import evaluation_data, share_of
 from distckpt.selection.ensemble import Ensemble, ensemble_predictions
-from distckpt.selection.huggingface import LanguageModel, SequenceClassification, Translation
+from distckpt.selection.huggingface import LanguageModel, SequenceClassification, Translation, load_weights
+from distckpt.selection.subjects import find_subjects
 
 ROWS = texts(45)
 
@@ -94,6 +95,20 @@ def test_random_weights_are_never_evaluated(folders: Path, tmp_path: Path) -> No
         evaluate_checkpoints(folders / "hf", SequenceClassification(), [{"text": "good", "label": "neutral"}])
     with pytest.raises(ConfigError, match="has text, label and no 'review'"):
         evaluate_checkpoints(folders / "hf", SequenceClassification(text="review"), ROWS)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_no_trace_in_names(folders: Path, wrapper: str) -> None:
+    """Weights saved under a wrapper's names are found; one that fits nothing is refused, never left out."""
+    (subject,) = find_subjects(folders / "run", steps=[2])
+    weights = {f"{wrapper}{name}": tensor for name, tensor in subject.state_dict().items()}
+    model = tiny_bert(7)
+    load_weights(subject, model, weights)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_bert(2).parameters(), strict=True))
+    with pytest.raises(IncompatibleState, match=r"weights \['stranger'\] without a place"):
+        load_weights(subject, model, {**weights, "stranger": torch.ones(1)})
+    with pytest.raises(IncompatibleState, match="random weights or in part"):
+        load_weights(subject, model, {name: tensor for name, tensor in weights.items() if "query" not in name})
 
 
 def test_an_ensemble_of_models_is_that_of_their_predictions(folders: Path, tmp_path: Path) -> None:

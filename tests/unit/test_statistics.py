@@ -206,6 +206,8 @@ def test_a_constraint_on_the_line_fails_half_the_time() -> None:
     assert 0.35 < found.none < 0.55
     with pytest.raises(ConfigError, match="no candidate meets it"):
         bootstrap_choice(edge, "lower recall_negative >= 0.9, then max accuracy", resamples=50)
+    with pytest.raises(ConfigError, match="only accuracy, precision and recall have intervals"):
+        bootstrap_choice(edge, "lower f1_negative >= 0.5, then max accuracy", resamples=50)
     with pytest.raises(ConfigError, match="flatter"):
         bootstrap_choice(edge, "recall_negative >= 0.9", resamples=50)
 
