@@ -13,13 +13,19 @@ _HOMES = {
     "Checkpoint": "distckpt.format.checkpoint",
     "open_checkpoint": "distckpt.format.checkpoint",
     "list_checkpoints": "distckpt.format.checkpoint",
+    "EMAModel": "distckpt.averaging.ema",
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
+    "average_checkpoints": "distckpt.averaging.average",
+    "evaluate_checkpoints": "distckpt.selection.evaluate",
+    "select_top_k_by_metric": "distckpt.selection.select",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.average import average_checkpoints as average_checkpoints
+    from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
     from distckpt.format.checkpoint import Checkpoint as Checkpoint
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from distckpt.format.checkpoint import open_checkpoint as open_checkpoint
     from distckpt.manager.manager import CheckpointManager as CheckpointManager
     from distckpt.manager.resume import resume_training as resume_training
+    from distckpt.selection.evaluate import evaluate_checkpoints as evaluate_checkpoints
+    from distckpt.selection.select import select_top_k_by_metric as select_top_k_by_metric
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ class CheckpointConfig:
     """Settings of one ``CheckpointManager``. Raises ``ConfigError`` (a ``ValueError``) for values that make no sense."""
 
     checkpoint_dir: str | os.PathLike[str]
-    """Root of a run's checkpoints: a folder that all ranks see, or ``memory://name`` in tests."""
+    """Root of a run's checkpoints: a folder that all ranks see, ``s3://``, ``gs://`` or ``az://`` with bucket and prefix
+    (docs/storage.md), or ``memory://name`` in tests."""
     save_total_limit: int | None = 5
     """How many of the newest checkpoints to keep; None keeps all. The best, pinned ones, what the run resumed from and
     the last two stay in any case (1 is allowed, and warned about)."""
@@ -35,6 +36,12 @@ class CheckpointConfig:
     """Store every rank's RNG states."""
     async_save: bool = False
     """Return once the state is copied; write and commit on a background thread."""
+    lazy_staging: bool = False
+    """With ``async_save``: return before the state is copied; optimizer steps wait until it is (docs/async.md)."""
+    background_threads: int = 4
+    """I/O threads of a background save, if fewer than ``threads``: it must not take the CPUs that training needs."""
+    background_nice: int = 5
+    """How much lower the scheduling priority of a background save's threads is (Linux: added to their nice value)."""
     on_busy: str = "wait"
     """A save while another is in flight: ``wait`` for it, ``skip`` this one (returns None), or ``raise``."""
     mode: str = "sharded"
@@ -57,6 +64,9 @@ class CheckpointConfig:
     """A load raises if any name is missing or unexpected."""
     threads: int = DEFAULT_THREADS
     """I/O threads of this rank."""
+    share_loads: str = "auto"
+    """Ranks that want the same bytes (DDP, HSDP) read each once and exchange them: ``auto`` (where the measured speeds of
+    storage and link make that faster), ``always``, ``never``."""
     timeout_s: float = 1800.0
     """Deadline of one save or load, waiting for other ranks included."""
     retries: int = 1
@@ -84,14 +94,15 @@ class CheckpointConfig:
         _choice("metric_mode", self.metric_mode, ("min", "max"))
         _choice("on_busy", self.on_busy, ("wait", "skip", "raise"))
         _choice("mode", self.mode, ("sharded", "full"))
+        _choice("share_loads", self.share_loads, ("auto", "always", "never"))
         for name in ("save_total_limit", "save_every_steps", "save_every_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value!r}: want a positive number, or None")
-        for name in ("threads", "timeout_s", "agree_every_steps", "preemption_budget_s"):
+        for name in ("threads", "background_threads", "timeout_s", "agree_every_steps", "preemption_budget_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want a positive number")
-        for name in ("retries", "max_consecutive_failures", "orphan_grace_s"):
+        for name in ("retries", "max_consecutive_failures", "orphan_grace_s", "background_nice"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want zero or more")
         for name in ("per_rank", "drop_on_resize", "preemption_signals"):
@@ -101,6 +112,8 @@ class CheckpointConfig:
             raise ConfigError(
                 "mode='full' gathers tensors on the training thread: async_save=True needs mode='sharded'"
             )
+        if self.lazy_staging and not self.async_save:
+            raise ConfigError("lazy_staging=True copies the state in the background: it needs async_save=True")
         both = set(self.per_rank) & set(self.drop_on_resize)
         if both:
             raise ConfigError(f"{sorted(both)} are in per_rank and in drop_on_resize: choose one")
@@ -113,6 +126,46 @@ class CheckpointConfig:
             for f in fields(self)
             if f.name != "checkpoint_dir" and isinstance(getattr(self, f.name), plain)
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStoreConfig:
+    """How object stores are talked to, for the whole process; set by the environment, see ``from_env``."""
+
+    deadline_s: float = 120.0
+    """Seconds after which a request, its repetitions included, has answered or failed. Uploads of a shard are many
+    requests; each has a quarter of this, so a slow network needs more."""
+    part_bytes: int = 8 << 20
+    """Size of one part of an upload and of one ranged read, 5 MiB or more (S3 takes no smaller parts)."""
+    in_flight: int = 12
+    """Parts of one shard that are under way at once; each holds its bytes in memory."""
+
+    def __post_init__(self) -> None:
+        if not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s={self.deadline_s!r}: want a positive number of seconds")
+        if self.part_bytes < 5 << 20:
+            raise ConfigError(
+                f"part_bytes={self.part_bytes!r}: want 5 MiB (5242880) or more, S3 takes no smaller parts"
+            )
+        if self.in_flight < 1:
+            raise ConfigError(f"in_flight={self.in_flight!r}: want 1 or more")
+
+    @classmethod
+    def from_env(cls) -> ObjectStoreConfig:
+        """Read ``DISTCKPT_STORE_DEADLINE_S``, ``DISTCKPT_STORE_PART_MIB`` and ``DISTCKPT_STORE_IN_FLIGHT``."""
+        given: dict[str, Any] = {}
+        for field_name, variable, scale in (
+            ("deadline_s", "DISTCKPT_STORE_DEADLINE_S", 1.0),
+            ("part_bytes", "DISTCKPT_STORE_PART_MIB", 1 << 20),
+            ("in_flight", "DISTCKPT_STORE_IN_FLIGHT", 1),
+        ):
+            text = os.environ.get(variable)
+            if text:
+                try:
+                    given[field_name] = type(scale)(text) * scale
+                except ValueError:
+                    raise ConfigError(f"{variable}={text!r}: want a number") from None
+        return cls(**given)
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 
 class DistckptError(Exception):
@@ -51,6 +53,10 @@ class SaveFailed(DistckptError):
 
 class StaleGeneration(SaveFailed):
     """A newer job owns this root; this job may no longer commit."""
+
+
+class SnapshotFailed(SaveFailed):
+    """The copy that a save was to write is not one moment's state: it broke off, or what it copies was changed."""
 
 
 class CommitInDoubt(SaveFailed):
@@ -113,3 +119,15 @@ class NotFound(StoreError):
 
 class AlreadyExists(StoreError):
     """The name exists on the store and is never replaced."""
+
+
+class MissingExtra(DistckptError, ImportError):
+    """An optional library is not there; the message names the extra that brings it."""
+
+
+def optional(module: str, extra: str) -> Any:
+    """Import and return a library that only an extra of this package asks for; ``MissingExtra`` if that fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as cause:
+        raise MissingExtra(f"{module} cannot be imported ({cause}): pip install 'distckpt[{extra}]'") from cause

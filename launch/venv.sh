@@ -1,5 +1,5 @@
 # Source this from a bash script: makes or reuses the project's own .venv, and sets ROOT and PYTHON.
-# EXTRAS=deepspeed before it: with that extra of pyproject.toml too (an argument would take the caller's away).
+# EXTRAS=deepspeed,eval before it: with these extras of pyproject.toml too (an argument would take the caller's away).
 # Installs only when pyproject.toml, constraints.txt or the checkout's place changed; two scripts may run it at once.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -24,9 +24,10 @@ _stamp() {
     cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"
 }
 
-_stamps() { # a file for what is always installed, and one with an extra's name
+_stamps() { # a file for what is always installed, and one with each extra's name
+    local extra extras=${EXTRAS:-}
     echo "$ROOT/.venv/.installed"
-    [[ -z ${EXTRAS:-} ]] || echo "$ROOT/.venv/.installed-$EXTRAS"
+    for extra in ${extras//,/ }; do echo "$ROOT/.venv/.installed-$extra"; done
 }
 
 _venv_is_current() {

@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
     os.environ[_name] = "1"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ["HF_HUB_OFFLINE"] = "1"  # models and tokenizers of tests are made here; nothing may be fetched
 # A TCPStore server looks up the name of every peer that connects, and all ranks wait while it does: a lost DNS
 # packet costs 5 s. No test needs DNS, so the resolver may ask no server (names in /etc/hosts still resolve).
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
@@ -21,8 +22,13 @@ for _folder in (str(_TESTS.parent), str(_TESTS)):
         sys.path.insert(0, _folder)
 
 import random  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from s3_support import S3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,3 +51,19 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """One S3 server for the session; obstore finds it through the environment."""
+    from s3_support import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    """Return the name of a new, empty bucket of ``s3``, whose faults and counts are forgotten."""
+    s3.ask("watch")
+    return s3.bucket()

@@ -10,7 +10,10 @@ import typer
 
 from distckpt import __version__
 
-COMMANDS = {name: f"distckpt.cli.{name}" for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert")}
+COMMANDS = {
+    name: f"distckpt.cli.{name}"
+    for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert", "average", "evaluate", "select")
+}
 COMMANDS["unpin"] = "distckpt.cli.pin"
 
 

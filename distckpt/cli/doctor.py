@@ -8,7 +8,7 @@ import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, one_line, plain, print_json, print_table
-from distckpt.cli.select import root_of
+from distckpt.cli.places import root_of
 from distckpt.errors import ConfigError
 from distckpt.format.catalog import parse_location
 from distckpt.format.doctor import diagnose

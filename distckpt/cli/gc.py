@@ -10,7 +10,7 @@ import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, one_line, plain, print_json, print_table, size_text
-from distckpt.cli.select import root_of, root_place, run_metric
+from distckpt.cli.places import root_of, root_place, run_metric
 from distckpt.config import CheckpointConfig
 from distckpt.errors import ConfigError
 from distckpt.format.doctor import LIVE_S

@@ -21,7 +21,7 @@ from distckpt.cli.output import (
     value_text,
     width,
 )
-from distckpt.cli.select import path_of, place, root_of, run_metric
+from distckpt.cli.places import path_of, place, root_of, run_metric
 from distckpt.errors import CheckpointNotFound
 from distckpt.format import names
 from distckpt.format.catalog import CheckpointInfo, Location, list_checkpoints

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from distckpt.errors import ConfigError
+
 Where = Annotated[
     str,
     typer.Argument(metavar="PATH", show_default=False, help="Folder or URL: a root, a step's folder, or a manifest."),
@@ -24,3 +26,41 @@ MetricMode = Annotated[
         "--mode", metavar="min|max", show_default=False, help="Which way it is better (default: the run's own)."
     ),
 ]
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        show_default=False,
+        help="Roots, steps, Hugging Face folders or folders of them, results folders.",
+    ),
+]
+Steps = Annotated[
+    list[int] | None, typer.Option("--step", min=0, show_default=False, help="Only this step (again for more).")
+]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        "--results", metavar="DIR", show_default=False, help="Where results go (default: the steps' folders)."
+    ),
+]
+CostOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cost", metavar="TRUE:PREDICTED=5", show_default=False, help="What an error costs, for the metric cost."
+    ),
+]
+
+
+def parse_costs(texts: list[str] | None) -> dict[tuple[str, str], float] | None:
+    """Return costs of errors as typed; ``ConfigError`` for what is none."""
+    found: dict[tuple[str, str], float] = {}
+    for text in texts or ():
+        pair, _, cost = text.rpartition("=")
+        true, colon, said = pair.partition(":")
+        try:
+            if not (colon and true and said):
+                raise ValueError
+            found[true, said] = float(cost)
+        except ValueError:
+            raise ConfigError(f"--cost {text!r}: want TRUE:PREDICTED=NUMBER, such as negative:positive=5") from None
+    return found or None

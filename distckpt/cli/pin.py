@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distckpt.cli import options
 from distckpt.cli.output import print_json
-from distckpt.cli.select import place, root_of
+from distckpt.cli.places import place, root_of
 from distckpt.config import CheckpointConfig
 from distckpt.errors import ConfigError
 

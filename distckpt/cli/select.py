@@ -1,82 +1,193 @@
-"""From what was typed to the root, the step, and the commits that are meant."""
+"""``distckpt select``: which checkpoint a rule chooses, how the choice came about, and how sure it is."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from distckpt.cli.output import readable
-from distckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, StoreError, UnsupportedVersion
-from distckpt.format import names
-from distckpt.format.catalog import Location, parse_location
-from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest, strays
-from distckpt.storage import PosixStore
-from distckpt.storage.base import Store
+import typer
+
+from distckpt.cli import options
+from distckpt.cli.output import Column, clean, one_line, print_json, print_table
+from distckpt.errors import CheckpointNotFound, ConfigError
 
 
-def place(path: str, step: int | None = None) -> Location:
-    """Return what a path and ``--step`` mean; ``CheckpointNotFound`` if no such folder exists."""
-    at = parse_location(path)
-    if isinstance(at.store, PosixStore) and not os.path.isdir(at.store.root):
-        raise CheckpointNotFound(f"{at.store.root}: no such folder; check the path")
-    if step is None:
-        return at
-    if at.step not in (None, step):
-        raise ConfigError(f"--step {step}: the path {path} already means step {at.step}; give the root instead")
-    return Location(at.store, step, at.generation)
+def select(
+    paths: options.Paths,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            metavar="RULE",
+            show_default=False,
+            help="Such as 'lower recall_negative >= 0.87, then max f1_negative within 0.005, then earliest'.",
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="NAME", show_default=False, help="Evaluations on it (else the run's own metrics)."
+        ),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="NAME", show_default=False, help="Data without a part in the choice."),
+    ] = None,
+    evaluator: Annotated[
+        str | None, typer.Option("--evaluator", metavar="NAME", show_default=False, help="Whose evaluations.")
+    ] = None,
+    top: int = typer.Option(1, "--top", min=1, metavar="K", help="The best K."),
+    pareto: bool = typer.Option(False, "--pareto", help="All that no other beats in every max and min of the rule."),
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            "--threshold",
+            metavar="CLASS=0.3|f1",
+            show_default=False,
+            help="A fixed one, or the best of an aim for each, as in 'negative=precision recall>=0.9'.",
+        ),
+    ] = None,
+    cost: options.CostOptions = None,
+    bootstrap: int = typer.Option(
+        0, "--bootstrap", min=0, metavar="N", help="Choose again on N resamples of the rows."
+    ),
+    confidence: float = typer.Option(0.95, "--confidence", min=0.5, max=0.999, help="Of intervals."),
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Choose checkpoints by a rule; ties, missing values and the threshold are said. Exit status 1 if none meets it."""
+    from distckpt.selection.rules import as_rule
+    from distckpt.selection.select import pareto as front
+    from distckpt.selection.select import select as choose
+
+    rule, costs = as_rule(by), options.parse_costs(cost)
+    if pareto:
+        objectives = [
+            (name, clause.mode) for clause in rule.clauses if hasattr(clause, "mode") for name in clause.metrics
+        ]
+        _print_front(front(paths, objectives, data=data), [name for name, _ in objectives], json)
+        return
+    choice = choose(
+        paths,
+        rule,
+        data=data,
+        evaluator=evaluator,
+        k=top,
+        costs=costs,
+        threshold=_threshold(threshold),
+        confidence=confidence,
+    )
+    more = _more(choice, paths, test, evaluator, costs, bootstrap, confidence)
+    if json:
+        chosen = [{"name": c.name, "path": c.path, "step": c.step, **_values(c, choice.rule)} for c in choice.ranked]
+        told = {"rule": choice.rule, "data": choice.data, "threshold": choice.threshold, "tied": choice.tied}
+        print_json({**told, "chosen": chosen, "missing": dict(choice.missing), "stages": choice.stages, **more})
+    else:
+        for line in choice.lines():
+            print(one_line(line))
+        _print_chosen(choice)
+        _print_more(more)
+    if choice.winner is None:
+        raise typer.Exit(1)
 
 
-def root_place(path: str) -> Location:
-    """Return a place that must be a root with at least one job start or commit on it."""
-    at = place(path)
-    if at.step is not None:
-        raise ConfigError(f"{path}: this command takes a root, not a step of it")
-    if not list_committed(at.store) and not read_generations(at.store):
-        raise CheckpointNotFound(f"{root_of(at.store)}: this is no root of checkpoints; check the path")
-    return at
+def _threshold(text: str | None) -> Any:
+    from distckpt.selection.evaluation import Threshold
+    from distckpt.selection.thresholds import ThresholdRule
+
+    if text is None:
+        return None
+    name, equals, rest = text.partition("=")
+    if re.fullmatch(r"\d*\.?\d+", rest.strip()):
+        return Threshold(name.strip(), float(rest))
+    found = re.fullmatch(r"(\w+)(?:\s+(precision|recall)\s*>=\s*(\d*\.?\d+))?", rest.strip())
+    if not equals or found is None:
+        raise ConfigError(f"--threshold {text!r}: want CLASS=0.3, CLASS=f1, or 'CLASS=precision recall>=0.9'")
+    return ThresholdRule(name.strip(), found[1], None if found[2] is None else (found[2], float(found[3])))
 
 
-def root_of(store: Store) -> str:
-    """Return the root as other tools take it: a local path, else a URL."""
-    return str(getattr(store, "root", store.url))
+def _more(
+    choice: Any, paths: Any, test: str | None, evaluator: str | None, costs: Any, bootstrap: int, confidence: float
+) -> dict[str, Any]:
+    """Return what statistics were asked for: the winner on other data, and the choice redone."""
+    from distckpt.selection.curse import bootstrap_choice, reestimate
+    from distckpt.selection.ledger import candidates_of
+    from distckpt.selection.rules import as_rule
+    from distckpt.selection.thresholds import kept_predictions, with_threshold
 
-
-def path_of(at: Location) -> str:
-    """Return the path or URL that means this place."""
-    root = root_of(at.store)
-    if at.step is None:
-        return root
-    folder = f"{root}/{names.step_folder(at.step)}"
-    return folder if at.generation is None else f"{folder}/{names.manifest_name(at.generation)}"
-
-
-def commits(at: Location) -> list[tuple[Committed, bool]]:
-    """Return the commits there, each with whether it is a stray: the lineage's newest first, then strays.
-
-    Nothing is read but names. Raises ``CheckpointNotFound`` where there is none.
-    """
-    committed, generations = list_committed(at.store), read_generations(at.store)
-    line = lineage(committed, generations)
-    every = [*((c, False) for c in line), *((c, True) for c in strays(committed, generations))]
-    found = [(c, s) for c, s in every if at.step in (None, c.step) and at.generation in (None, c.generation)]
-    if not found:
-        what = "no checkpoint" if at.step is None else f"no checkpoint of step {at.step}"
-        there = f"; its steps are {', '.join(str(c.step) for c in line[:20])}" if line else ""
-        raise CheckpointNotFound(f"{root_of(at.store)}: {what} is there{there}")
+    found: dict[str, Any] = {}
+    if choice.winner is None or not (bootstrap or test):
+        return found
+    winner = choice.winner.evaluation
+    if winner is None:
+        raise ConfigError("--bootstrap and --test need evaluations: name the --data that the choice is made on")
+    if bootstrap:
+        every = [candidate.evaluation for candidate in choice.candidates]
+        found["bootstrap"] = bootstrap_choice(
+            every, choice.rule, costs=costs, resamples=bootstrap, confidence=confidence
+        )
+    if test:
+        same = [c.evaluation for c in candidates_of(paths, test, evaluator=evaluator) if c.evaluation]
+        fresh = next((one for one in same if one.checkpoint.digest == winner.checkpoint.digest), None)
+        if fresh is None:
+            raise CheckpointNotFound(f"{choice.winner.name} was not evaluated on {test}; run distckpt evaluate on it")
+        if winner.threshold is not None:
+            fresh = with_threshold(fresh, kept_predictions(fresh), winner.threshold, costs=costs)
+        aim = as_rule(choice.rule)
+        found["test"] = [reestimate(winner, fresh, metric, confidence=confidence) for metric in aim.metrics]
     return found
 
 
-def run_metric(store: Store, line: list[Committed]) -> tuple[str, str]:
-    """Return (metric, mode) that the run itself calls best by, as its newest readable manifest says."""
-    for commit in line:
-        try:
-            provenance: Any = readable(read_manifest(store, commit).provenance)
-        except (CorruptCheckpoint, UnsupportedVersion, StoreError):
-            continue
-        settings = provenance.get("settings") if isinstance(provenance, dict) else None
-        if isinstance(settings, dict):
-            name, mode = settings.get("metric_name"), settings.get("metric_mode")
-            if isinstance(name, str) and mode in ("min", "max"):
-                return name, mode
-        break
-    return "loss", "min"
+def _values(candidate: Any, rule: str) -> dict[str, Any]:
+    from distckpt.selection.rules import as_rule
+
+    names = as_rule(rule).metrics
+    return {
+        "metrics": {name: candidate.metrics.get(name) for name in names},
+        "counts": {name: candidate.counts[name] for name in names if name in candidate.counts},
+        "n": {name: candidate.n[name] for name in names if name in candidate.n},
+    }
+
+
+def _print_chosen(choice: Any) -> None:
+    for place, candidate in enumerate(choice.ranked, start=1):
+        print(f"\nchosen: {clean(candidate.name)}" if len(choice.ranked) == 1 else f"{place}. {clean(candidate.name)}")
+        print(f"  {clean(candidate.path)}")
+
+
+def _print_more(more: dict[str, Any]) -> None:
+    if "bootstrap" in more:
+        b = more["bootstrap"]
+        shares = ", ".join(
+            f"{clean(name)} {share:.0%}" for name, share in sorted(b.wins.items(), key=lambda i: -i[1]) if share
+        )
+        none = f"; none meets the rule in {b.none:.0%}" if b.none else ""
+        print(f"\nchosen again on {b.resamples} resamples of {b.n} rows: {shares}{none}")
+        print(
+            f"{b.metric}: {b.observed:.4f}, of which {b.optimism:.4f} is the luck of the best; corrected {b.corrected:.4f}"
+        )
+    for one in more.get("test", ()):
+        ends = (
+            ""
+            if one.interval is None
+            else f", {one.interval.confidence:.0%} {one.interval.low:.4f} to {one.interval.high:.4f}"
+        )
+        print(
+            f"{one.metric}: {one.validation} on {one.chosen_on}; on {one.test_on}, which had no part in it: {one.test}{ends}"
+        )
+
+
+def _print_front(found: Any, names: list[str], json: bool) -> None:
+    from distckpt.selection.select import shown
+
+    if json:
+        print_json(
+            [{"name": c.name, "path": c.path, "metrics": {name: c.metrics.get(name) for name in names}} for c in found]
+        )
+        return
+    columns = [
+        Column("no other is better in all"),
+        *(Column(clean(name), right=True) for name in names),
+        Column("path", fold=True),
+    ]
+    print_table(columns, [[clean(c.name), *(shown(c, name) for name in names), clean(c.path)] for c in found])

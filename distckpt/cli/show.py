@@ -12,7 +12,7 @@ import typer
 from distckpt.boxes import Box
 from distckpt.cli import options
 from distckpt.cli.output import Column, clean, print_json, print_table, readable, size_text, time_text, value_text
-from distckpt.cli.select import path_of, place
+from distckpt.cli.places import path_of, place
 from distckpt.format.catalog import is_pinned
 from distckpt.format.checkpoint import Checkpoint, open_checkpoint
 from distckpt.format.dtypes import itemsize

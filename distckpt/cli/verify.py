@@ -9,7 +9,7 @@ import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, byte_progress, clean, one_line, plain, print_json, print_table, size_text
-from distckpt.cli.select import commits, place, root_of
+from distckpt.cli.places import commits, place, root_of
 from distckpt.errors import ConfigError
 from distckpt.format.lineage import Committed
 from distckpt.format.verify import MODES, Mode, VerifyReport

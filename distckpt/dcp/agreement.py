@@ -20,9 +20,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -101,6 +102,18 @@ class Agreement:
             poll_s=self.poll_s,
             prefix=self.prefix,
         )
+
+    def bytes_group(self, key: str, ranks: Sequence[int], timeout_s: float) -> Any:
+        """Return a gloo group of its own for ``ranks``, this one among them, to exchange bytes; never the training group.
+
+        ``key`` must be fresh, and the same on all of them. Every wait in it ends with ``RuntimeError`` after
+        ``timeout_s``; the group lives as long as the object.
+        """
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"{self.prefix}/group/{key}/{ranks[0]}", self._store
+        )
+        group: Any = dist.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), timedelta(seconds=timeout_s))
+        return group
 
     @property
     def is_leader(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.boxes import Box
 from distckpt.errors import IncompatibleState
-from distckpt.format.layout import Layout, Mesh, held_boxes
+from distckpt.format.layout import Layout, Mesh, held_boxes, interned
 
 REPLICATED = "replicated"
 """The same value on every rank that has it; checked by digest."""
@@ -40,6 +41,8 @@ class TensorLeaf:
     def view(self, box: Box) -> torch.Tensor:
         """Return the local tensor of a box that lies within one part; shares memory with the live state."""
         for held, tensor in self.parts:
+            if held == box:
+                return tensor
             if held.contains(box):
                 return tensor[box.relative_to(held.offsets).slices]
         raise IncompatibleState(
@@ -130,8 +133,7 @@ def _checked(fqn: str, local: torch.Tensor) -> torch.Tensor:
 
 def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
     placements = tuple(_placement_text(fqn, p) for p in value.placements)
-    mesh = value.device_mesh.mesh
-    layout = Layout(Mesh(tuple(mesh.shape), tuple(mesh.flatten().tolist())), placements)
+    layout = Layout(_mesh_of(value.device_mesh), placements)
     local = _checked(fqn, value.to_local().detach())
     shape = tuple(value.shape)
     parts = []
@@ -146,6 +148,18 @@ def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
                 f"{layout.mesh.shape} says {held_numel} elements; was it built by from_local without its global shape?"
             )
     return TensorLeaf(fqn, dtype_name(value.dtype), shape, layout, tuple(parts))
+
+
+_MESHES: weakref.WeakKeyDictionary[Any, Mesh] = weakref.WeakKeyDictionary()
+
+
+def _mesh_of(device_mesh: Any) -> Mesh:
+    """Return a device mesh's ranks; once for each mesh, not once for each of its tensors."""
+    known = _MESHES.get(device_mesh)
+    if known is None:
+        grid = device_mesh.mesh
+        known = _MESHES[device_mesh] = interned(Mesh(tuple(grid.shape), tuple(grid.flatten().tolist())))
+    return known
 
 
 def _placement_text(fqn: str, placement: Any) -> str:

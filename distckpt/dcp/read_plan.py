@@ -206,8 +206,8 @@ def _packed(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 def _cut(run: Run, room: int) -> tuple[Run, Run | None]:
-    """Cut a run where its blocks no longer fit into ``room`` bytes."""
-    if run.nbytes <= room:
+    """Cut a run where its blocks no longer fit into ``room`` bytes; one block is never cut."""
+    if run.nbytes <= max(room, run.block):
         return run, None
     count = max(1, room // run.block)
     nbytes = count * run.block

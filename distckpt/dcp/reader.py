@@ -3,7 +3,7 @@
 A wanted box is intersected with the saved boxes of the shards that can hold it (read_plan.py). A request whose bytes all
 go to memory as they are is first tried from the page cache, straight into the tensors: one copy. Any other is read into
 a reused buffer, past the page cache where that pays, and each block is hashed and copied on while the processor's cache
-holds it. Nothing is gathered, and no rank reads for another.
+holds it. Nothing is gathered; ranks that want the same bytes may read them for each other (share.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from distckpt.boxes import flat_range_to_boxes
+from distckpt.dcp import share
 from distckpt.dcp.buffers import move
 from distckpt.dcp.leaves import torch_dtype
 from distckpt.dcp.parallel import run_all
@@ -32,6 +34,7 @@ from distckpt.storage.direct import ALIGNMENT, POOL, address
 
 __all__ = ["CheckpointReader", "ReadStats", "Want"]
 
+Progress = Callable[[int], None] | None
 READ_THREADS = 6
 """Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start."""
 MAX_OPEN = 64
@@ -69,46 +72,87 @@ class CheckpointReader:
         *,
         threads: int = 4,
         compare: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ) -> ReadStats:
         """Fill every want's target, or with ``compare`` only compare it with storage, bit for bit.
 
         Differences end up in ``stats.mismatches`` as texts that name FQN and box. Raises ``ShardError`` for
         damage (file, tensor, rank named) and ``IncompatibleState`` where the checkpoint lacks a part of a want.
         """
-        self.stats.wanted_bytes += sum(want.box.numel * want.target.element_size() for want in wants)
-        requests = plan_requests(self.index, [want for want in wants if want.box.numel or want.target.numel()])
+        self.read_requests(self.plan(wants), threads=threads, compare=compare, progress=progress)
+        return self.stats
 
+    def plan(self, wants: Sequence[Want]) -> list[Request]:
+        """Return the requests that fill every want; opens headers as needed. Raises as ``read`` does."""
+        self.stats.wanted_bytes += sum(want.box.numel * want.target.element_size() for want in wants)
+        return plan_requests(self.index, [want for want in wants if want.box.numel or want.target.numel()])
+
+    def read_requests(
+        self, requests: Sequence[Request], *, threads: int, compare: bool = False, progress: Progress = None
+    ) -> None:
+        """Do what was planned, on this rank alone."""
         with _OpenFiles(self.store) as files:
 
             def run(request: Request) -> None:
-                self._run(files, request, compare)
+                self._run(files.get(self.index.path(request.shard)), request, compare)
                 if progress is not None:
                     progress(request.stop - request.start)
 
             run_all(run, requests, min(threads, READ_THREADS), "read")
-        return self.stats
 
-    def _run(self, files: _OpenFiles, request: Request, compare: bool) -> None:
-        path, nbytes = self.index.path(request.shard), request.stop - request.start
-        in_place = not compare and request.in_place
+    def read_shared(
+        self,
+        requests: Sequence[Request],
+        group: Any,
+        *,
+        threads: int,
+        decide: Callable[[share.Rates], bool],
+        progress: Progress = None,
+    ) -> None:
+        """Do what was planned together with the ranks of ``group``, who planned the same: each byte is read once.
+
+        ``decide`` may stop that after some turns, on all ranks alike; the rest is then read alone.
+        """
+        with _OpenFiles(self.store) as files:
+
+            def fetch(request: Request, buffer: memoryview) -> None:
+                self._fetch(files.get(self.index.path(request.shard)), request, buffer)
+                self._count(request.stop - request.start, 0)
+
+            def deliver(request: Request, buffer: memoryview) -> None:
+                self._deliver(request, buffer, False)
+                if progress is not None:
+                    progress(request.stop - request.start)
+
+            work = share.SharedRead(group, requests, fetch, deliver, min(threads, READ_THREADS))
+            rest = work.run(decide)
+        self.read_requests(rest, threads=threads, progress=progress)
+
+    def _run(self, file: Reader, request: Request, compare: bool) -> None:
+        nbytes = request.stop - request.start
+        if not compare and request.in_place and self._read_cached(file, request):
+            self._count(nbytes, nbytes)
+            return
+        with _buffer(nbytes + 2 * ALIGNMENT) as buffer:
+            self._fetch(file, request, buffer)
+            self._count(nbytes, 0)
+            self._deliver(request, buffer, compare)
+
+    def _fetch(self, file: Reader, request: Request, buffer: memoryview) -> None:
+        """Fill the front of a buffer with a request's bytes, whole pages of the file where there are any."""
+        start, stop = share.span(request)
+        stop = min(self.manifest.shards[request.shard].size, stop)
+        with self._named(request):
+            file.read_into(start, buffer[: stop - start])
+
+    @contextmanager
+    def _named(self, request: Request) -> Iterator[None]:
         try:
-            file = files.get(path)
-            if in_place and _read_cached(file, path, request):
-                self._count(nbytes, nbytes)
-                return
-            with _buffer(nbytes + 2 * ALIGNMENT) as buffer:
-                start = request.start // ALIGNMENT * ALIGNMENT
-                size = self.manifest.shards[request.shard].size
-                stop = min(size, -(-request.stop // ALIGNMENT) * ALIGNMENT)
-                file.read_into(start, buffer[: stop - start])
-                self._count(nbytes, 0)
-                for run in request.runs:
-                    begin = run.start - start
-                    self._deliver(path, request.shard, run, buffer[begin : begin + run.nbytes], compare)
+            yield
         except StoreError as error:
             raise ShardError(
-                f"{path}: bytes {request.start}..{request.stop} of rank {request.shard}'s shard cannot be read: {error}"
+                f"{self.index.path(request.shard)}: bytes {request.start}..{request.stop} of rank {request.shard}'s shard "
+                f"cannot be read: {error}"
             ) from error
 
     def _count(self, nbytes: int, in_place: int) -> None:
@@ -117,23 +161,31 @@ class CheckpointReader:
             self.stats.in_place_bytes += in_place
             self.stats.requests += 1
 
-    def _deliver(self, path: str, shard: int, run: Run, data: memoryview, compare: bool) -> None:
-        """Verify a run block by block and copy on what is wanted of it."""
-        origin = run.first * run.block
-        source = address(data) - origin
-        for number in range(run.first, run.last):
-            _verify(path, shard, run, number, data)
-            if compare:
-                continue
-            low = number * run.block
-            high = min(low + run.block, origin + run.nbytes)
+    def _read_cached(self, file: Reader, request: Request) -> bool:
+        """Fill the tensors from the page cache if that holds the whole request, and verify them."""
+        views = [_memory(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
+        with self._named(request):
+            if not file.read_cached(request.start, views):
+                return False
+        path = self.index.path(request.shard)
+        for run, view in zip(request.runs, views, strict=True):
+            for number in range(run.first, run.last):
+                _verify(path, request.shard, run, number, view)
+        return True
+
+    def _deliver(self, request: Request, buffer: memoryview, compare: bool) -> None:
+        """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
+        path, start = self.index.path(request.shard), share.span(request)[0]
+        for run in request.runs:
+            data = buffer[run.start - start : run.start - start + run.nbytes]
+            source = address(data) - run.first * run.block
+            for number in range(run.first, run.last):
+                _verify(path, request.shard, run, number, data)
+                if not compare:
+                    _hand_out(run, number, source)
             for use in run.uses:
-                begin, end = max(use.begin, low), min(use.end, high)
-                if use.address and begin < end:
-                    move(use.address + begin - use.begin, source + begin, end - begin)
-        for use in run.uses:
-            if compare or not use.address:
-                self._scatter(run, use, data, compare)
+                if compare or not use.address:
+                    self._scatter(run, use, data, compare)
 
     def _scatter(self, run: Run, use: Use, data: memoryview, compare: bool) -> None:
         stored, want = run.stored, use.want
@@ -180,15 +232,14 @@ class _OpenFiles:
             reader.close()
 
 
-def _read_cached(file: Reader, path: str, request: Request) -> bool:
-    """Fill the tensors from the page cache if that holds the whole request, and verify them."""
-    views = [_memory(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
-    if not file.read_cached(request.start, views):
-        return False
-    for run, view in zip(request.runs, views, strict=True):
-        for number in range(run.first, run.last):
-            _verify(path, request.shard, run, number, view)
-    return True
+def _hand_out(run: Run, number: int, source: int) -> None:
+    """Copy what goes to memory as it is of one block; byte 0 of the stored box would lie at ``source``."""
+    low = number * run.block
+    high = min(low + run.block, run.first * run.block + run.nbytes)
+    for use in run.uses:
+        begin, end = max(use.begin, low), min(use.end, high)
+        if use.address and begin < end:
+            move(use.address + begin - use.begin, source + begin, end - begin)
 
 
 def _verify(path: str, shard: int, run: Run, number: int, data: memoryview) -> None:

@@ -1,7 +1,7 @@
-"""One save, on every rank: agree on a plan, write the shards, gather receipts, commit or fail together.
+"""One save, on every rank: compare what is replicated, write the shards, gather receipts, commit or fail together.
 
 The store of the agreement carries a few bytes per rank; the training process group is never used. A save goes
-through three rounds: plan (on the training thread: digests of what each rank holds), begin, commit.
+through three rounds: plan (on the training thread, see ``agreed.py``), begin, commit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +17,14 @@ import msgspec
 
 from distckpt import clock, failpoints
 from distckpt.clock import Deadline
+from distckpt.dcp.agreed import AgreedPlan
 from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.cover import added, cover_of
 from distckpt.dcp.fingerprint import combined, fingerprint
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
-from distckpt.dcp.planner import (
-    Plan,
-    Row,
-    Table,
-    check_tiling,
-    decode_table,
-    encode_table,
-    gathered,
-    manifest_tensors,
-    merge_tables,
-    pieces_digest,
-    pieces_for,
-)
-from distckpt.dcp.replicas import check_replicas
+from distckpt.dcp.planner import Plan, Row, check_tiling, manifest_tensors, pieces_for
+from distckpt.dcp.replicas import Claims, disagreeing, object_claims, refuse
+from distckpt.dcp.tables import Table
 from distckpt.dcp.writer import Source, WrittenShard, write_shard
 from distckpt.errors import (
     AgreementError,
@@ -43,40 +34,25 @@ from distckpt.errors import (
     LayoutChanged,
     ReplicasDiffer,
     SaveFailed,
+    SnapshotFailed,
     StaleGeneration,
     UnserializableState,
 )
-from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
 from distckpt.format.commit import begin_attempt, commit, is_committed
 from distckpt.format.manifest import Manifest, ShardEntry
-from distckpt.format.shard import Piece
 from distckpt.storage.base import Store
 
 log = logging.getLogger("distckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class AgreedPlan:
-    """A plan that all ranks have. ``id`` stands for all ranks' tables; ``expected`` (leader) for all ranks' pieces.
-
-    ``held`` says who holds what, ``written`` who writes what: the same, except in a full save.
-    """
-
-    id: str
-    held: Plan
-    written: Plan
-    pieces: tuple[Piece, ...]
-    expected: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class SaveRequest:
     """What one save stores besides tensors; the same on all ranks except ``objects`` and ``replicas``.
 
-    ``objects`` are encoded (typed JSON) by name. ``replicas`` are digests of replicated values, sent on the first
-    save of a structure. ``trained``: FQNs of tensors that training changes; a fingerprint of them goes into the
-    manifest's provenance as ``weights``.
+    ``objects`` are encoded (typed JSON) by name. ``replicas`` are digests of replicated tensors' values, on the first
+    save of a structure (``tensor_claims``). ``trained``: FQNs of tensors that training changes; a fingerprint of them
+    goes into the manifest's provenance as ``weights``.
     """
 
     save_id: str
@@ -89,18 +65,16 @@ class SaveRequest:
     provenance: Any = None
     software: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, Any] = field(default_factory=dict)
-    replicas: Mapping[str, str] | None = None
+    replicas: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
 
 
 class _Receipt(msgspec.Struct, array_like=True):
     size: int
     header: str
-    nbytes: int
-    pieces: str
-    objects: dict[str, str]
+    plan: str
+    cover: int
     sourced: dict[str, bytes]
-    replicas: dict[str, str] | None
     weights: str
 
 
@@ -109,54 +83,6 @@ def table_of(state: State) -> Table:
     rows = {fqn: Row(leaf.dtype, leaf.shape, leaf.layout) for fqn, leaf in sorted(state.tensors.items())}
     objects = {name: leaf.kind for name, leaf in sorted(state.objects.items())}
     return Table(rows, dict(sorted(state.aliases.items())), objects)
-
-
-def agree_plan(
-    agreement: Agreement,
-    key: str,
-    table: Table,
-    cached: AgreedPlan | None,
-    *,
-    step: int,
-    timeout_s: float,
-    full: bool = False,
-) -> AgreedPlan:
-    """Return the plan for all ranks' tables: the cached one if no rank's table changed since, else a new one.
-
-    One round in which each rank sends two digests; only tables that changed are sent, each distinct one once.
-    ``full``: rank 0 writes every tensor whole (see ``dcp/full.py``).
-    """
-    encoded = encode_table(table)
-    digest = digests.digest(encoded)
-    known = cached.id if cached is not None else ""
-    if not known:
-        agreement.post_blob(digest, encoded)
-
-    def decide(payloads: list[bytes]) -> bytes:
-        steps, found, plans = zip(*(msgspec.json.decode(p) for p in payloads), strict=True)
-        if len(set(steps)) > 1:
-            raise SaveFailed(f"ranks save different steps: {list(steps)[:16]}")
-        distinct = sorted(set(found))
-        order = [distinct.index(d) for d in found] if len(distinct) > 1 else []
-        agreed = digests.digest(msgspec.json.encode([distinct, order]))
-        return msgspec.json.encode([agreed, [], []] if set(plans) == {agreed} else [agreed, distinct, order])
-
-    payload = msgspec.json.encode([step, digest, known])
-    verdict = agreement.round(f"{key}/plan", payload, decide, deadline=Deadline.after(timeout_s))
-    agreed, distinct, which = msgspec.json.decode(verdict)
-    if not distinct:
-        assert cached is not None
-        return cached
-    agreement.post_blob(digest, encoded)
-    tables = {d: table if d == digest else decode_table(agreement.get_blob(d)) for d in distinct}
-    order = [distinct[i] for i in which] or [distinct[0]] * agreement.world_size
-    held = merge_tables([tables[d] for d in order])
-    plan = gathered(held) if full else held
-    if not agreement.is_leader:
-        return AgreedPlan(agreed, held, plan, tuple(pieces_for(plan, agreement.rank)))
-    by_rank = [pieces_for(plan, rank) for rank in range(agreement.world_size)]
-    check_tiling(plan, by_rank)
-    return AgreedPlan(agreed, held, plan, tuple(by_rank[0]), tuple(map(pieces_digest, by_rank)))
 
 
 def encode_objects(state: State) -> dict[str, Any]:
@@ -174,16 +100,18 @@ def write_and_commit(
     threads: int,
     timeout_s: float,
     before_write: Callable[[], None] = lambda: None,
+    before_receipt: Callable[[], None] = lambda: None,
 ) -> str:
     """Write this rank's shard, and commit the checkpoint with all others; returns the manifest's name on the store.
 
-    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there).
+    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there), ``before_receipt``
+    once the shard is durable; what either raises fails the save on every rank.
     Every rank gets the same answer. Raises ``SaveFailed`` (or ``StaleGeneration``, ``LayoutChanged``,
     ``ReplicasDiffer``) with all failed ranks' causes; ``CommitInDoubt`` where storage could not be asked either.
     """
     deadline = Deadline.after(timeout_s)
     try:
-        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write)
+        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write, before_receipt)
     except AgreementError as error:
         return _resolve(store, request, error)
 
@@ -197,16 +125,12 @@ def _attempt(
     threads: int,
     deadline: Deadline,
     before_write: Callable[[], None],
+    before_receipt: Callable[[], None],
 ) -> str:
     failpoints.hit("save.begin", request.save_id)
     begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
 
-    def begin(_: list[bytes]) -> bytes:
-        return begin_attempt(
-            store, step=request.step, generation=request.generation, nonce=uuid.uuid4().hex[:8]
-        ).encode()
-
-    attempt = agreement.round(begin_key, b"", begin, deadline=deadline).decode()
+    attempt = _begin(agreement, store, agreed, request, begin_key, deadline)
     failpoints.hit("save.begun", request.save_id)
     with agreement.guard(commit_key, deadline=deadline):
         folder = f"{names.step_folder(request.step)}/{attempt}"
@@ -227,6 +151,7 @@ def _attempt(
         )
         store.sync_folder(folder)
         failpoints.hit("save.synced", request.save_id)
+        before_receipt()
         receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written))
 
     def decide(payloads: list[bytes]) -> bytes:
@@ -237,6 +162,35 @@ def _attempt(
     path = agreement.round(commit_key, receipt, decide, deadline=deadline).decode()
     failpoints.hit("save.verdict", request.save_id)
     return path
+
+
+def _begin(
+    agreement: Agreement,
+    store: Store,
+    agreed: AgreedPlan,
+    request: SaveRequest,
+    key: str,
+    deadline: Deadline,
+) -> str:
+    """Compare what is replicated and begin an attempt; returns its name. ``ReplicasDiffer`` names values and ranks."""
+    claims = Claims({**object_claims(agreed.held, request.objects), **request.replicas})
+
+    def begin(payloads: list[bytes]) -> bytes:
+        differing = disagreeing(payloads)
+        if differing:
+            return msgspec.json.encode(differing)
+        nonce = uuid.uuid4().hex[:8]
+        return begin_attempt(store, step=request.step, generation=request.generation, nonce=nonce).encode()
+
+    def explain(payloads: list[bytes]) -> bytes:
+        refuse(payloads)
+        return b""
+
+    verdict = agreement.round(key, claims.encode(), begin, deadline=deadline)
+    if verdict[:1] == b"[":
+        details = claims.details(msgspec.json.decode(verdict, type=list[str]))
+        agreement.round(f"{key}/differ", details, explain, deadline=deadline)
+    return verdict.decode()
 
 
 def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
@@ -255,32 +209,23 @@ def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
 
 
 def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard) -> _Receipt:
-    shared = {
-        n: typed_json.canonical(v)
-        for n, v in request.objects.items()
-        if agreed.written.objects[n] in (REPLICATED, GROUPS)
-    }
     return _Receipt(
         size=written.size,
         header=written.header,
-        nbytes=written.nbytes,
-        pieces=pieces_digest(agreed.pieces),
-        objects={n: digests.digest(v) for n, v in shared.items() if agreed.written.objects[n] == REPLICATED},
-        sourced={n: v for n, v in shared.items() if rank in agreed.written.sources[n]},
-        replicas=dict(request.replicas) if request.replicas is not None else None,
+        plan=agreed.id,
+        cover=agreed.cover,
+        sourced={
+            name: typed_json.canonical(value)
+            for name, value in request.objects.items()
+            if rank in agreed.written.sources.get(name, ())
+        },
         weights=fingerprint(agreed.pieces, written.digests, request.trained),
     )
 
 
 def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
     """Check all receipts against the plan and put the manifest together (leader only)."""
-    wrong = [rank for rank, (r, want) in enumerate(zip(receipts, agreed.expected, strict=True)) if r.pieces != want]
-    if wrong:
-        raise LayoutChanged(
-            f"step {request.step}: ranks {wrong} wrote other boxes than planned; the next save plans afresh"
-        )
-    if any(r.replicas is not None for r in receipts):
-        check_replicas(agreed.held, [r.replicas or {} for r in receipts])
+    _check_receipts(agreed, request.step, receipts)
     meshes, tensors = manifest_tensors(agreed.written)
     provenance, weights = request.provenance, combined(r.weights for r in receipts)
     if weights and isinstance(provenance, Mapping):
@@ -308,23 +253,31 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
             ShardEntry(path=f"{attempt}/{names.shard_name(rank, world)}", size=r.size, header=r.header)
             for rank, r in enumerate(receipts)
         ],
+        plan=agreed.entry(),
     )
 
 
+def _check_receipts(agreed: AgreedPlan, step: int, receipts: Sequence[_Receipt]) -> None:
+    """Prove that all ranks wrote by this plan, and that their boxes cover every tensor exactly once."""
+    others = [rank for rank, r in enumerate(receipts) if r.plan != agreed.id]
+    if others:
+        raise LayoutChanged(f"step {step}: ranks {others[:16]} wrote by another plan; the next save plans afresh")
+    if added(r.cover for r in receipts) == agreed.whole:
+        return
+    # Something is wrong, so take the time to say where: one rank's boxes after the other, none of them kept.
+    for rank, receipt in enumerate(receipts):
+        if cover_of(((p.fqn, p.box) for p in pieces_for(agreed.written, rank)), agreed.id) != receipt.cover:
+            raise LayoutChanged(
+                f"step {step}: ranks [{rank}] wrote other boxes than planned; the next save plans afresh"
+            )
+    check_tiling(agreed.written, [pieces_for(agreed.written, rank) for rank in range(len(receipts))])
+    raise IncompatibleState(f"step {step}: the boxes of all ranks together do not cover the tensors exactly once")
+
+
 def _merged_objects(plan: Plan, receipts: list[_Receipt]) -> dict[str, Any]:
-    """Compare replicated objects over the ranks that have them, and merge param groups by position."""
+    """Take replicated objects from the ranks that sent them, and merge param groups by position."""
     merged: dict[str, Any] = {}
     for name, kind in plan.objects.items():
-        if kind == REPLICATED:
-            by_digest: dict[str, list[int]] = {}
-            for rank, receipt in enumerate(receipts):
-                if name in receipt.objects:
-                    by_digest.setdefault(receipt.objects[name], []).append(rank)
-            if len(by_digest) > 1:
-                raise ReplicasDiffer(
-                    f"object {name!r} differs between ranks {' / '.join(map(str, by_digest.values()))}; make it equal, or "
-                    f"declare it per rank: CheckpointConfig(per_rank=({name.split('.')[0]!r},))"
-                )
         if kind in (REPLICATED, GROUPS):
             values = [typed_json.loads(receipts[rank].sourced[name]) for rank in plan.sources[name]]
             value = values[0] if kind == REPLICATED else merge_groups(name, values)
@@ -375,6 +328,7 @@ def save_error(step: int, error: AgreementError) -> DistckptError:
     kinds: tuple[type[DistckptError], ...] = (
         StaleGeneration,
         LayoutChanged,
+        SnapshotFailed,
         ReplicasDiffer,
         IncompatibleState,
         UnserializableState,

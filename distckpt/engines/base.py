@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from distckpt.dcp.leaves import State
@@ -37,6 +37,24 @@ class Engine(Protocol):
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
         """Take over what was loaded: tensors that are not in place, param groups, other saved values."""
+
+
+@runtime_checkable
+class StepBound(Protocol):
+    """An engine whose state changes in optimizer steps, which it can hold up: what lazy staging needs."""
+
+    def settled(self, state: State) -> frozenset[str]:
+        """Return the FQNs of tensors of ``state`` (made just now) that nothing but an optimizer step changes.
+
+        Not buffers, which a forward pass may change, nor frozen parameters, which nothing keeps a forward pass from
+        changing (momentum encoders).
+        """
+
+    def before_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have ``call``, a bound method, run before each optimizer step; returns what ends that.
+
+        Raises ``ConfigError`` for an optimizer that cannot be held up.
+        """
 
 
 def clean_fqn(name: str, *, unwrap: bool = True) -> str:

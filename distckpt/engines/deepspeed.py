@@ -7,7 +7,7 @@ imported here: the engine object that the user made brings everything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import nn
 from distckpt.dcp.leaves import State
 from distckpt.engines import deepspeed_guard as guard
 from distckpt.engines import zero
-from distckpt.engines.base import MODEL, clean_fqn
+from distckpt.engines.base import MODEL, OPTIM_STATE, clean_fqn
 from distckpt.engines.deepspeed_counters import Counters
 from distckpt.engines.deepspeed_state import PartitionedState
+from distckpt.engines.step_hook import before_steps
 from distckpt.engines.torch import Saved, TorchEngine
 from distckpt.errors import IncompatibleState
 
@@ -70,7 +71,7 @@ class DeepSpeedEngine:
         """See ``Engine.state``. ``model.<FQN>`` of a trained parameter is its fp32 master."""
         self._check_in_place()
         state = State()
-        partitions = self._partitions()
+        partitions = self.partitions()
         self._add_parameters(state, partitions)
         self._add_other_entries(state)
         if optimizer and partitions:
@@ -81,11 +82,21 @@ class DeepSpeedEngine:
         """See ``Engine.trained``."""
         return frozenset(MODEL + fqn for fqn, parameter in self._named() if parameter.requires_grad)
 
+    def settled(self, state: State) -> frozenset[str]:
+        """See ``StepBound.settled``: masters and optimizer state, which the basic optimizer changes."""
+        masters = {MODEL + slot.fqn for partition in self.partitions() for slot in partition.slots}
+        return frozenset(name for name in state.tensors if name in masters or name.startswith(OPTIM_STATE))
+
+    def before_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """See ``StepBound.before_step``. Every wrapper of DeepSpeed leaves the arithmetic to its basic optimizer's step."""
+        return before_steps(call, (self._optimizer.basic,) if self.partitions() else ())
+
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             yield clean_fqn(name), parameter
 
-    def _partitions(self) -> list[zero.Partition]:
+    def partitions(self) -> list[zero.Partition]:
+        """Return where this rank's masters and their parameters lie."""
         names: dict[int, str] = {}
         for fqn, parameter in self._named():
             names.setdefault(id(parameter), fqn)
@@ -141,7 +152,7 @@ class DeepSpeedEngine:
 
     def prepare(self, saved: Saved, *, optimizer: bool) -> State:
         """See ``Engine.prepare``. State that the checkpoint has and this rank not yet is allocated like its partition."""
-        partitions = self._partitions()
+        partitions = self.partitions()
         optimizer = optimizer and bool(partitions)
         if optimizer:
             self._optimizer.allocate(saved, partitions)
@@ -152,7 +163,7 @@ class DeepSpeedEngine:
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
         """See ``Engine.finish``. Collective: the low-precision weights are made again from the masters on all ranks."""
-        partitions = self._partitions()
+        partitions = self.partitions()
         if optimizer and partitions:
             self._optimizer.finish(loaded, objects, partitions)
         self._finish_other_entries(loaded, objects)

@@ -6,7 +6,7 @@ collective is called, and the optimizer is never stepped to make room for its st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,7 @@ from distckpt.dcp.leaves import (
     unflatten_tree,
 )
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, clean_fqn
+from distckpt.engines.step_hook import before_steps
 from distckpt.errors import IncompatibleState
 from distckpt.format.layout import Layout, Mesh
 
@@ -77,6 +78,15 @@ class TorchEngine:
         """See ``Engine.trained``."""
         named = self.model.named_parameters(remove_duplicate=False)
         return frozenset(MODEL + clean_fqn(name) for name, parameter in named if parameter.requires_grad)
+
+    def settled(self, state: State) -> frozenset[str]:
+        """See ``StepBound.settled``. Embeddings with ``max_norm`` are left out: their forward pass scales them."""
+        trained = self.trained() - self._copies.keys() - _rescaled(self.model)
+        return frozenset(name for name in state.tensors if name in trained or name.startswith(OPTIM_STATE))
+
+    def before_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """See ``StepBound.before_step``."""
+        return before_steps(call, self.optimizers)
 
     def _add_model(self, state: State) -> None:
         tensors = self.model.state_dict()  # first: under FSDP2 it reshards what forward left unsharded
@@ -258,6 +268,15 @@ def _synced_buffers(model: nn.Module) -> dict[int, int]:
                 if name not in module.parameters_to_ignore:
                     found[id(buffer)] = root
     return found
+
+
+def _rescaled(model: nn.Module) -> set[str]:
+    """Return the names of parameters that a forward pass changes: embeddings with ``max_norm`` scale rows in place."""
+    scaling = {
+        id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    }
+    named = model.named_parameters(remove_duplicate=False)
+    return {MODEL + clean_fqn(name) for name, parameter in named if id(parameter) in scaling}
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

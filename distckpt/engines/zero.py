@@ -9,6 +9,7 @@ in no slot.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from distckpt.boxes import Box, flat_range_to_boxes
 from distckpt.dcp.leaves import TensorLeaf, dtype_name
 from distckpt.errors import IncompatibleState
-from distckpt.format.layout import Layout, Mesh, flat_range
+from distckpt.format.layout import Layout, Mesh, flat_range, interned
 
 Names = Mapping[int, str]
 """``id`` of a parameter to its FQN, the first one where weights are tied."""
@@ -125,7 +126,7 @@ def _flat_partition(
     mesh = mesh_of(ranks)
     size = hp.numel()
     mine = dist.get_rank()
-    low = mesh.ranks.index(mine) * size
+    low = (mesh.position(mine) or 0) * size
     slots = []
     for param, offset in placed:
         layout = Layout(mesh, (f"F({offset},{size})",))
@@ -211,7 +212,14 @@ def _fused(optimizer: Any, names: Names) -> Iterator[Partition]:
 
 def mesh_of(group: Any) -> Mesh:
     """Return the flat mesh of a process group's ranks, in the group's own order."""
-    return Mesh.flat(dist.get_process_group_ranks(group))
+    group = group or dist.group.WORLD
+    known = _MESHES.get(group)
+    if known is None:
+        known = _MESHES[group] = interned(Mesh.flat(dist.get_process_group_ranks(group)))
+    return known
+
+
+_MESHES: weakref.WeakKeyDictionary[Any, Mesh] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
+from distckpt.dcp.buffers import copy_bytes
 from distckpt.errors import ConfigError
 from distckpt.format import digest as digests
 from distckpt.format.dtypes import itemsize
@@ -24,11 +26,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stream:
-    """One tensor: ``read(start, stop)`` returns these bytes of its row-major elements; safe to call from threads."""
+    """One tensor: ``read(start, stop)`` returns these bytes of its row-major elements; safe to call from threads.
+
+    ``into``, where there is one, reads the same of any box, into memory that is there (see ``fill``).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], Buffer]
+    into: Callable[[Box, int, int, memoryview], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -39,6 +45,42 @@ class Stream:
         """Yield the bytes in order, at most ``CHUNK`` at a time."""
         for start in range(0, self.nbytes, CHUNK):
             yield self.read(start, min(start + CHUNK, self.nbytes))
+
+    def fill(self, box: Box, start: int, stop: int, view: memoryview) -> None:
+        """Put bytes [start, stop) of the row-major elements of a box of the tensor into ``view``, which is as long.
+
+        ``start`` and ``stop`` lie between elements.
+        """
+        if self.into is not None:
+            self.into(box, start, stop, view)
+            return
+        size, at = itemsize(self.dtype), 0
+        for region in flat_range_to_boxes(box.sizes, start // size, stop // size):
+            part = region.moved_by(box.offsets)
+            flat = is_flat_range(part, self.shape)
+            if flat is not None:
+                copy_bytes(view[at : at + part.numel * size], self._bytes(flat[0] * size, flat[1] * size))
+            else:
+                self._gather(part, view[at : at + part.numel * size])
+            at += part.numel * size
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        return memoryview(self.read(start, stop)).cast("B")
+
+    def _gather(self, box: Box, view: memoryview) -> None:
+        """Copy a box that is no run of the tensor: whole rows are read, a few at a time, and cut."""
+        import numpy as np
+
+        size = itemsize(self.dtype)
+        row = math.prod(self.shape[1:]) * size
+        target = np.frombuffer(view, np.uint8).reshape(*box.sizes, size)
+        inner = Box(box.offsets[1:], box.sizes[1:]).slices
+        several = max(1, CHUNK // row)
+        for first in range(0, box.sizes[0], several):
+            last = min(first + several, box.sizes[0])
+            data = self._bytes((box.offsets[0] + first) * row, (box.offsets[0] + last) * row)
+            rows = np.frombuffer(data, np.uint8).reshape(last - first, *self.shape[1:], size)
+            target[first:last] = rows[(slice(None), *inner)]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range, tiling_error
 from distckpt.errors import NotFound, ShardError, StoreError
@@ -23,6 +23,13 @@ from distckpt.storage.base import Store
 
 REQUEST: Final = 8 << 20
 """Most bytes that one request reads; memory stays within this times the number of threads."""
+
+
+class Reader(Protocol):
+    """A store, or what reads ahead of one (``format/read_ahead.py``)."""
+
+    def read_into(self, name: str, offset: int, destination: memoryview) -> None:
+        """See ``Store.read_into``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,7 @@ def runs(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield run
 
 
-def read_run(store: Store, path: str, run: Sequence[Block], buffer: memoryview) -> list[Block]:
+def read_run(store: Reader, path: str, run: Sequence[Block], buffer: memoryview) -> list[Block]:
     """Read a run into the start of ``buffer`` and return its damaged blocks; may raise ``StoreError``."""
     start, stop = run[0].start, run[-1].start + run[-1].nbytes
     view = buffer[: stop - start]
@@ -121,7 +128,7 @@ def sources_tile(fqn: str, sources: Sequence[Source], box: Box, folder: str) -> 
         raise ShardError(f"{folder}: the shards do not hold tensor {shown(fqn)} exactly once: {wrong}; it is damaged")
 
 
-def fill(store: Store, sources: Sequence[Source], box: Box, destination: memoryview, *, threads: int = 4) -> None:
+def fill(store: Reader, sources: Sequence[Source], box: Box, destination: memoryview, *, threads: int = 4) -> None:
     """Fill ``destination`` (flat writable bytes of a row-major tensor of ``box.sizes``) from the sources.
 
     Only blocks that hold elements of ``box`` are read, each is verified, at most 8 MiB a thread are held
@@ -172,10 +179,17 @@ def _regions(source: Source, number: int) -> Iterator[tuple[int, Box]]:
         at += region.numel * size
 
 
-def _fill_run(store: Store, source: Source, run: list[Block], box: Box, destination: memoryview) -> None:
+def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destination: memoryview) -> None:
     place = _place_of_run(source, run, box)
     nbytes = run_nbytes(run)
     view = memoryview(bytearray(nbytes)) if place is None else destination[place : place + nbytes]
+    read_checked(store, source, run, view)
+    if place is None:
+        _scatter(source, run, box, view, destination)
+
+
+def read_checked(store: Reader, source: Source, run: Sequence[Block], view: memoryview) -> None:
+    """Read a run of a source's blocks into the start of ``view``; ``ShardError`` if it cannot be, or is damaged."""
     try:
         damaged = read_run(store, source.path, run, view)
     except StoreError as error:
@@ -188,8 +202,6 @@ def _fill_run(store: Store, source: Source, run: list[Block], box: Box, destinat
             f"{source.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
             f"written by rank {source.rank}, do not match their digest; the file is damaged"
         )
-    if place is None:
-        _scatter(source, run, box, view, destination)
 
 
 def _place_of_run(source: Source, run: list[Block], box: Box) -> int | None:

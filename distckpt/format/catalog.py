@@ -27,7 +27,7 @@ from distckpt.format.lineage import (
 )
 from distckpt.format.manifest import Manifest
 from distckpt.format.verify import quick_check
-from distckpt.storage import open_store
+from distckpt.storage import check_location, open_store
 from distckpt.storage.base import Store
 
 logger = logging.getLogger("distckpt")
@@ -80,6 +80,7 @@ def parse_location(path_or_url: str | os.PathLike[str]) -> Location:
     Links in a local path are followed, as it is the user's own. Raises ``ConfigError`` for an unknown scheme.
     """
     text = os.fspath(path_or_url)
+    check_location(text)
     if "://" not in text:
         text = os.path.realpath(text)
     above, _, leaf = text.rstrip("/").rpartition("/")

@@ -7,6 +7,7 @@ headers. torch is imported only when a tensor is read.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, IncompatibleState, ShardError
 from distckpt.format import typed_json
-from distckpt.format.box_reader import Source, fill, sources_tile
+from distckpt.format.box_reader import Reader, Source, fill, sources_tile
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
+from distckpt.format.flat_reader import fill_flat, rows_around
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
+from distckpt.format.read_ahead import ReadAhead
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
 from distckpt.storage.base import Store
@@ -60,6 +63,7 @@ class Checkpoint:
         self.committed = committed
         self.manifest = manifest
         self._index = ShardIndex(store, manifest, committed.folder)
+        self._tiled: set[tuple[str, Box]] = set()
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, generation={self.generation})"
@@ -158,6 +162,9 @@ class Checkpoint:
         Memory: the result, and at most 8 MiB for each of four threads. Raises as ``read``, and
         ``IncompatibleState`` for a box outside the tensor.
         """
+        return self._read_box(self.store, fqn, box)
+
+    def _read_box(self, store: Reader, fqn: str, box: Box) -> torch.Tensor:
         import torch
 
         name = self._resolve(fqn)
@@ -173,8 +180,27 @@ class Checkpoint:
         sources_tile(name, sources, box, self.path)
         octets = torch.empty(box.numel * itemsize(entry.dtype), dtype=torch.uint8)
         if octets.numel():
-            fill(self.store, sources, box, octets.numpy().data)
+            fill(store, sources, box, octets.numpy().data)
         return octets.view(dtype).reshape(box.sizes) if octets.numel() else torch.empty(box.sizes, dtype=dtype)
+
+    def read_into(self, fqn: str, box: Box, start: int, stop: int, view: memoryview) -> None:
+        """Put bytes [start, stop) of the row-major elements of a box into ``view``, verified; for streamed reading.
+
+        ``box`` lies within the tensor, ``start`` and ``stop`` between elements; ``view`` is flat, writable and of that
+        length. Raises ``IncompatibleState`` for an unknown name, ``ShardError`` for damage.
+        """
+        name = self._resolve(fqn)
+        if (name, box) not in self._tiled:
+            sources_tile(name, self._sources(name, box), box, self.path)
+            self._tiled.add((name, box))
+        size = itemsize(self.manifest.tensors[name].dtype)
+        rows = rows_around(box, start // size, -(-stop // size))
+        fill_flat(self.store, self._sources(name, rows), box, start, stop, view)
+
+    def shards(self) -> list[dict[str, list[Box]]]:
+        """Return the boxes that each shard holds, by FQN; reads all headers. Raises ``ShardError``."""
+        every = self._index.open(range(len(self.manifest.shards)))
+        return [{fqn: [stored.box for stored in held] for fqn, held in boxes.items()} for boxes in every]
 
     def state_dict(self, prefix: str = "model.") -> dict[str, torch.Tensor]:
         """Return the tensors whose names start with ``prefix``, under the rest of their names.
@@ -186,9 +212,13 @@ class Checkpoint:
         if not wanted:
             known = sorted({f"{name.split('.', 1)[0]}." for name in self.manifest.tensors})[:10]
             raise IncompatibleState(f"{self.path}: no tensor's name starts with {prefix!r}; names start with {known}")
-        read: dict[str, torch.Tensor] = {}
-        for name in dict.fromkeys(map(self._resolve, wanted)):
-            read[name] = self.read(name)
+        whole = {name: Box.whole(self.manifest.tensors[name].shape) for name in map(self._resolve, wanted)}
+        extents = {
+            name: sorted((s.path, s.stored.start, s.stored.nbytes) for s in self._sources(name, box))
+            for name, box in whole.items()
+        }
+        with ReadAhead(self.store, itertools.chain.from_iterable(extents.values())) as ahead:
+            read = {name: self._read_box(ahead, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}
 
     def verify(

@@ -1,7 +1,7 @@
 """Is a root in order, and is its storage fit for checkpoints? Looks and reports; repairs and removes nothing.
 
-The only things written are probes that are removed again: by ``posix_facts``, and by ``store_now`` where jobs
-have started.
+The only things written are probes that are removed again: by ``posix_facts`` or ``object_facts``, and by ``store_now``
+where jobs have started.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from distckpt.format.lineage import (
 )
 from distckpt.format.uncommitted import uncommitted
 from distckpt.format.verify import quick_check
-from distckpt.storage import PosixStore
+from distckpt.storage import ObjectStore, PosixStore
 from distckpt.storage.base import Store
-from distckpt.storage.facts import posix_facts
+from distckpt.storage.facts import object_facts, posix_facts
 
 Level = Literal["ok", "note", "warning", "problem"]
 
@@ -81,6 +81,9 @@ def diagnose(store: Store) -> DoctorReport:
     if isinstance(store, PosixStore):
         facts["storage"] = posix_facts(store.root)
         findings = [*storage_findings(facts["storage"], newest_bytes), *findings]
+    if isinstance(store, ObjectStore):
+        facts["storage"] = object_facts(store)
+        findings = [*object_findings(facts["storage"]), *findings]
     if not facts["exists"]:
         findings.append(Finding("note", "root", "the folder does not exist yet; the first save makes it"))
     elif not committed and not generations:
@@ -118,6 +121,21 @@ def storage_findings(facts: Mapping[str, Any], newest_bytes: int | None) -> list
         text = "fsync of a folder fails: a committed checkpoint may vanish in a power cut"
         findings.append(Finding("warning", "fsync", text))
     return [*findings, _space(free, facts["total_bytes"], newest_bytes)]
+
+
+def object_findings(facts: Mapping[str, Any]) -> list[Finding]:
+    """Judge what ``object_facts`` returned. Pure."""
+    if facts["conditional_put"] is None:
+        return [Finding("problem", "writable", f"nothing could be saved: {facts['problem']}")]
+    findings = [Finding("ok", "writable", f"{facts['path']} ({facts['service']})")]
+    if facts["conditional_put"]:
+        findings.append(Finding("ok", "if-none-match", "honoured: of two jobs that commit a name one wins"))
+    else:
+        findings.append(Finding("problem", "if-none-match", str(facts["problem"])))
+    text = (
+        "what killed jobs had half uploaded is invisible and costs money: let a lifecycle rule of the bucket abort it"
+    )
+    return [*findings, Finding("note", "uploads", text)]
 
 
 def _space(free: int, total: int, newest_bytes: int | None) -> Finding:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from distckpt.boxes import Box, flat_range_to_boxes
+from distckpt.format.box_columns import BoxColumns
 
 Interval = tuple[int, int]
 _PLACEMENT = re.compile(
@@ -56,30 +57,35 @@ def parse_placement(text: str) -> Placement:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks in an n-dimensional grid; ``ranks`` is flattened row-major."""
+    """Ranks in an n-dimensional grid; ``ranks`` is flattened row-major.
+
+    Many tensors share one mesh of thousands of ranks, so it is hashed once and compared by identity first.
+    """
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) != len(self.ranks):
             raise ValueError(f"mesh of shape {self.shape} with {len(self.ranks)} ranks")
+        object.__setattr__(self, "_hash", hash((self.shape, self.ranks)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def flat(cls, ranks: Sequence[int]) -> Mesh:
         """Return a one-dimensional mesh over these ranks."""
         return cls((len(ranks),), tuple(ranks))
 
+    def position(self, rank: int) -> int | None:
+        """Return where the rank stands in ``ranks``, or None where it has no place."""
+        return _positions(self).get(rank)
+
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """Return the rank's place in the grid, or None where it has none."""
-        position = _positions(self.ranks).get(rank)
-        if position is None:
-            return None
-        out = []
-        for extent in reversed(self.shape):
-            position, index = divmod(position, extent)
-            out.append(index)
-        return tuple(reversed(out))
+        return _coordinate(self, rank)
 
     def rank_at(self, coordinate: Sequence[int]) -> int:
         """Return the rank at a place in the grid."""
@@ -89,9 +95,27 @@ class Mesh:
         return self.ranks[position]
 
 
-@lru_cache(maxsize=64)
-def _positions(ranks: tuple[int, ...]) -> dict[int, int]:
-    return {rank: i for i, rank in enumerate(ranks)}
+@lru_cache(maxsize=4096)
+def interned(mesh: Mesh) -> Mesh:
+    """Return one object for all meshes that are equal, so that comparing them again costs nothing."""
+    return mesh
+
+
+@lru_cache(maxsize=1024)
+def _positions(mesh: Mesh) -> dict[int, int]:
+    return {rank: i for i, rank in enumerate(mesh.ranks)}
+
+
+@lru_cache(maxsize=16384)
+def _coordinate(mesh: Mesh, rank: int) -> tuple[int, ...] | None:
+    position = mesh.position(rank)
+    if position is None:
+        return None
+    out = []
+    for extent in reversed(mesh.shape):
+        position, index = divmod(position, extent)
+        out.append(index)
+    return tuple(reversed(out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +124,11 @@ class Layout:
 
     mesh: Mesh
     placements: tuple[str, ...]
-    explicit: tuple[tuple[Box, ...], ...] | None = None
+    explicit: Sequence[tuple[Box, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.explicit is not None and not isinstance(self.explicit, BoxColumns):
+            object.__setattr__(self, "explicit", BoxColumns.of(self.explicit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +141,7 @@ class Held:
 
 def replicated(ranks: Sequence[int]) -> Layout:
     """Return the layout of a tensor that each of these ranks holds whole."""
-    return Layout(Mesh.flat(ranks), ("R",))
+    return Layout(interned(Mesh.flat(ranks)), ("R",))
 
 
 def _chunk(intervals: tuple[Interval, ...], parts: int, index: int) -> tuple[Interval, ...]:
@@ -146,6 +174,9 @@ def _split(intervals: tuple[Interval, ...], placement: Placement, parts: int, in
     return _slice(tuple(itertools.chain.from_iterable(pieces)), 0, 1 << 62)
 
 
+_Splits = tuple[tuple[int, ...], tuple[tuple[Placement, int], ...]]
+
+
 @lru_cache(maxsize=65536)
 def _dim_intervals(extent: int, splits: tuple[tuple[Placement, int], ...], at: tuple[int, ...]) -> tuple[Interval, ...]:
     intervals: tuple[Interval, ...] = ((0, extent),) if extent else ()
@@ -154,13 +185,15 @@ def _dim_intervals(extent: int, splits: tuple[tuple[Placement, int], ...], at: t
     return intervals
 
 
-def _splits_by_dim(ndim: int, layout: Layout) -> list[list[tuple[int, Placement]]]:
+@lru_cache(maxsize=4096)
+def _splits_by_dim(ndim: int, layout_shape: tuple[int, ...], placements: tuple[str, ...]) -> tuple[_Splits, ...]:
+    """Return for each tensor dimension what cuts it: mesh dimensions, and (placement, number of parts) of each."""
     by_dim: list[list[tuple[int, Placement]]] = [[] for _ in range(ndim)]
-    for mesh_dim, text in enumerate(layout.placements):
+    for mesh_dim, text in enumerate(placements):
         placement = parse_placement(text)
         if placement.kind in ("S", "SS"):
             by_dim[placement.dim].append((mesh_dim, placement))
-    return by_dim
+    return tuple((tuple(m for m, _ in found), tuple((p, layout_shape[m]) for m, p in found)) for found in by_dim)
 
 
 def held_boxes(shape: Sequence[int], layout: Layout, rank: int) -> list[Held]:
@@ -173,26 +206,36 @@ def held_boxes(shape: Sequence[int], layout: Layout, rank: int) -> list[Held]:
     if coordinate is None:
         return []
     if layout.explicit is not None:
-        boxes = layout.explicit[_positions(layout.mesh.ranks)[rank]]
+        boxes = layout.explicit[layout.mesh.position(rank) or 0]
         return [Held(box, (0,) * box.ndim) for box in boxes]
     if not math.prod(shape):
         return [Held(Box.whole(shape), (0,) * len(shape))] if not any(coordinate) else []
     flat = flat_range(shape, layout, rank)
     if flat is not None:
         return [Held(box, (0,) * box.ndim) for box in flat_range_to_boxes(shape, *flat)]
-    per_dim: list[list[tuple[Interval, int]]] = []
-    for extent, splits in zip(shape, _splits_by_dim(len(shape), layout), strict=True):
-        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
-        intervals = _dim_intervals(extent, key, tuple(coordinate[m] for m, _ in splits))
+    per_dim = [
+        _dim_intervals(extent, splits, tuple([coordinate[m] for m in dims]))
+        for extent, (dims, splits) in zip(
+            shape, _splits_by_dim(len(shape), layout.mesh.shape, layout.placements), strict=True
+        )
+    ]
+    return list(_product(tuple(per_dim)))
+
+
+@lru_cache(maxsize=65536)
+def _product(per_dim: tuple[tuple[Interval, ...], ...]) -> tuple[Held, ...]:
+    """Return every combination of the intervals that a rank has in each dimension."""
+    placed = []
+    for intervals in per_dim:
         starts = itertools.accumulate((e - b for b, e in intervals), initial=0)
-        per_dim.append(list(zip(intervals, starts, strict=False)))
-    return [
+        placed.append(list(zip(intervals, starts, strict=False)))
+    return tuple(
         Held(
             Box(tuple(i[0] for i, _ in combo), tuple(i[1] - i[0] for i, _ in combo)),
             tuple(start for _, start in combo),
         )
-        for combo in itertools.product(*per_dim)
-    ]
+        for combo in itertools.product(*placed)
+    )
 
 
 def flat_range(shape: Sequence[int], layout: Layout, rank: int) -> tuple[int, int] | None:
@@ -213,9 +256,9 @@ def local_shape(shape: Sequence[int], layout: Layout, rank: int) -> tuple[int, .
     """Return the shape of the rank's local tensor under a closed-form layout."""
     coordinate = layout.mesh.coordinate(rank) or ()
     out = []
-    for extent, splits in zip(shape, _splits_by_dim(len(shape), layout), strict=True):
-        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
-        out.append(sum(e - b for b, e in _dim_intervals(extent, key, tuple(coordinate[m] for m, _ in splits))))
+    cuts = _splits_by_dim(len(shape), layout.mesh.shape, layout.placements)
+    for extent, (dims, splits) in zip(shape, cuts, strict=True):
+        out.append(sum(e - b for b, e in _dim_intervals(extent, splits, tuple(coordinate[m] for m in dims))))
     return tuple(out)
 
 
@@ -232,42 +275,99 @@ def replica_of(layout: Layout, rank: int) -> tuple[int, int]:
     return index, count
 
 
-def _flat_choices(shape: Sequence[int], layout: Layout, box: Box) -> list[list[dict[int, int]]]:
-    """Return the places in an F dimension whose partitions may meet the box, judged by its first and last element."""
-    low = high = 0
-    for extent, offset, end in zip(shape, box.offsets, box.ends, strict=True):
-        low, high = low * extent + offset, high * extent + end - 1
-    for mesh_dim, text in enumerate(layout.placements):
-        p = parse_placement(text)
-        if p.kind == "F":
-            last = min((p.offset + high) // p.partition, layout.mesh.shape[mesh_dim] - 1)
-            return [[{mesh_dim: i} for i in range((p.offset + low) // p.partition, last + 1)]]
-    return []
-
-
 def candidate_ranks(shape: Sequence[int], layout: Layout, box: Box) -> set[int]:
     """Return the ranks whose shards may hold a part of the box: every replica of every rank that holds any of it."""
     if layout.explicit is not None:
-        return {
-            r for r, boxes in zip(layout.mesh.ranks, layout.explicit, strict=True) if any(map(box.intersect, boxes))
-        }
+        assert isinstance(layout.explicit, BoxColumns)
+        return {layout.mesh.ranks[i] for i in layout.explicit.meeting(box)}
+    return {rank for cell in meeting_cells(shape, layout, box) for rank in replicas_at(layout, cell)}
+
+
+def meeting_cells(shape: Sequence[int], layout: Layout, box: Box) -> list[tuple[int, ...]]:
+    """Return the places in the mesh, 0 where it replicates, whose ranks may hold a part of the box.
+
+    For closed-form layouts; work grows with the number of cells found, not with the mesh. Exact but for ZeRO
+    partitions, which are judged by the box's first and last element.
+    """
     if not box.numel:
-        return set()
-    allowed = _flat_choices(shape, layout, box)
-    for dim, splits in enumerate(_splits_by_dim(len(shape), layout)):
-        key = tuple((p, layout.mesh.shape[m]) for m, p in splits)
-        low, high = box.offsets[dim], box.ends[dim]
-        choices = []
-        for at in itertools.product(*(range(parts) for _, parts in key)):
-            if any(b < high and low < e for b, e in _dim_intervals(shape[dim], key, at)):
-                choices.append(dict(zip((m for m, _ in splits), at, strict=True)))
-        allowed.append(choices)
+        return []
+    places = [[0] * len(layout.mesh.shape)]
+    for mesh_dim, partitions in _meeting_partitions(shape, layout, box):
+        places = [[*at[:mesh_dim], i, *at[mesh_dim + 1 :]] for at in places for i in partitions]
+    cuts = _splits_by_dim(len(shape), layout.mesh.shape, layout.placements)
+    for (dims, splits), extent, low, high in zip(cuts, shape, box.offsets, box.ends, strict=True):
+        if not dims:
+            continue
+        found = _meeting_shards(extent, splits, low, high)
+        merged = []
+        for at in places:
+            for indices in found:
+                place = list(at)
+                for mesh_dim, index in zip(dims, indices, strict=True):
+                    place[mesh_dim] = index
+                merged.append(place)
+        places = merged
+    return [tuple(at) for at in places]
+
+
+def replicas_at(layout: Layout, cell: Sequence[int], indices: Iterable[int] | None = None) -> list[int]:
+    """Return the ranks at a cell, in the order of their replica numbers; with ``indices`` only those replicas."""
     free = [m for m, text in enumerate(layout.placements) if text == "R"]
-    allowed.append(
-        [dict(zip(free, at, strict=True)) for at in itertools.product(*(range(layout.mesh.shape[m]) for m in free))]
-    )
-    found = set()
-    for combo in itertools.product(*allowed):
-        merged = {m: i for part in combo for m, i in part.items()}
-        found.add(layout.mesh.rank_at([merged[m] for m in range(len(layout.mesh.shape))]))
-    return found
+    if not free:
+        return [layout.mesh.rank_at(cell)]
+    if indices is None:
+        indices = range(math.prod(layout.mesh.shape[m] for m in free))
+    ranks = []
+    for index in indices:
+        place = list(cell)
+        for m in reversed(free):
+            index, place[m] = divmod(index, layout.mesh.shape[m])
+        ranks.append(layout.mesh.rank_at(place))
+    return ranks
+
+
+def _meeting_partitions(shape: Sequence[int], layout: Layout, box: Box) -> list[tuple[int, range]]:
+    """Return (mesh dimension, places in it) of an F whose partitions may meet the box."""
+    for mesh_dim, text in enumerate(layout.placements):
+        p = parse_placement(text)
+        if p.kind == "F":
+            low = high = 0
+            for extent, offset, end in zip(shape, box.offsets, box.ends, strict=True):
+                low, high = low * extent + offset, high * extent + end - 1
+            last = min((p.offset + high) // p.partition, layout.mesh.shape[mesh_dim] - 1)
+            return [(mesh_dim, range((p.offset + low) // p.partition, last + 1))]
+    return []
+
+
+@lru_cache(maxsize=65536)
+def _meeting_shards(
+    extent: int, splits: tuple[tuple[Placement, int], ...], low: int, high: int
+) -> tuple[tuple[int, ...], ...]:
+    """Return the places, one index for each split of a dimension, whose intervals meet ``[low, high)``."""
+    found: list[tuple[int, ...]] = [()]
+    for count, (placement, parts) in enumerate(splits):
+        narrowed = []
+        for at in found:
+            intervals = _dim_intervals(extent, splits[:count], at)
+            narrowed += [(*at, i) for i in _meeting_parts(intervals, placement, parts, low, high)]
+        found = narrowed
+    return tuple(found)
+
+
+def _meeting_parts(intervals: tuple[Interval, ...], placement: Placement, parts: int, low: int, high: int) -> list[int]:
+    """Return which of ``parts`` pieces of concatenated intervals meet ``[low, high)``: where ``_chunk`` cuts, inverted."""
+    total = sum(end - begin for begin, end in intervals)
+    factor = placement.factor if placement.kind == "SS" else 1
+    chunk = max(1, -(-total // factor))
+    found: set[int] = set()
+    at = 0
+    for begin, end in intervals:
+        first, last = at + max(low, begin) - begin, at + min(high, end) - begin  # in the concatenation
+        while first < last:
+            start = first // chunk * chunk
+            stop = min(start + chunk, total)
+            size = -(-(stop - start) // parts)
+            found.update(range((first - start) // size, (min(last, stop) - start - 1) // size + 1))
+            first = stop
+        at += end - begin
+    return sorted(found)

@@ -7,6 +7,7 @@ manifest_checks.py.
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any, Final
 
@@ -61,6 +62,19 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     header: str
 
 
+class PlanEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job that goes on from here needs besides ``tensors`` to have its plan at once.
+
+    ``id`` stands for the tables of all ranks; ``objects`` are kinds by name, ``sources`` the ranks that send an object,
+    ``shared`` numbers that are equal for objects which the same ranks have.
+    """
+
+    id: str
+    objects: dict[str, str]
+    sources: dict[str, list[Count]]
+    shared: dict[str, Count]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one checkpoint but its tensors' bytes; O(tensors + shards).
 
@@ -86,6 +100,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     provenance: Any
     software: dict[str, str]
     shards: list[ShardEntry]
+    plan: PlanEntry | msgspec.UnsetType = msgspec.UNSET
     signature: str | None = None
     version: tuple[int, int] = VERSION
     format: str = FORMAT
@@ -116,6 +131,26 @@ def decode_manifest(data: bytes, *, where: str, step: int | None = None, generat
     Unknown fields are ignored. Raises ``ManifestError`` naming the file and the field, ``UnsupportedVersion``
     if the format's major version is newer.
     """
+    manifest = _parse(_body(data, where), where)
+    for name, wanted in (("step", step), ("generation", generation)):
+        stated = getattr(manifest, name)
+        if wanted is not None and wanted != stated:
+            raise ManifestError(f"{where}: $.{name} is {stated}, the file's name says {wanted}")
+    return manifest
+
+
+def reread_manifest(data: bytes, *, where: str) -> Manifest:
+    """Parse a manifest that another rank of this job has read from storage and checked, several times faster.
+
+    Only its digest and its types are checked again, so never use this for bytes from anywhere else.
+    """
+    body = _body(data, where)
+    known = _parsed.get(digest(body))
+    return known if known is not None else msgspec.convert(json.loads(bytes(body)), type=Manifest, strict=True)
+
+
+def _body(data: bytes, where: str) -> memoryview:
+    """Return the body of a manifest's bytes, its frame and digest checked."""
     if len(data) > MAX_MANIFEST:
         raise ManifestError(f"{where}: {len(data)} bytes, more than the {MAX_MANIFEST} of any manifest")
     if len(data) < _FRAME + len(_TAIL):
@@ -126,12 +161,7 @@ def decode_manifest(data: bytes, *, where: str, step: int | None = None, generat
     if data[len(_HEAD) : _FRAME] != digest(body).encode() + _MIDDLE:
         found = data[len(_HEAD) : len(_HEAD) + 32].decode("ascii", "replace")
         raise ManifestError(f"{where}: its digest says {found}, its body has {digest(body)}; it is damaged")
-    manifest = _parse(body, where)
-    for name, wanted in (("step", step), ("generation", generation)):
-        stated = getattr(manifest, name)
-        if wanted is not None and wanted != stated:
-            raise ManifestError(f"{where}: $.{name} is {stated}, the file's name says {wanted}")
-    return manifest
+    return body
 
 
 def _parse(body: bytes | memoryview, where: str) -> Manifest:

@@ -152,7 +152,9 @@ def _parse_strictly(text: bytes, where: str, at: str) -> tuple[dict[str, _Entry]
     return _convert(outer, dict[str, _Entry], where), meta
 
 
-def _parse_quickly(text: bytes, metadata: bytes, found: dict[str, str], at: str) -> tuple[dict[str, _Entry], _Meta] | None:
+def _parse_quickly(
+    text: bytes, metadata: bytes, found: dict[str, str], at: str
+) -> tuple[dict[str, _Entry], _Meta] | None:
     """Return what ``_parse_strictly`` would, a tenth of the time later, or None where that is not certain.
 
     The two lists of tensors go straight into their types; that no key stands twice is proved by counting.

@@ -1,7 +1,12 @@
-"""Which shards of a checkpoint hold what: headers opened as they are needed, checked, kept. Used live and offline."""
+"""Which shards of a checkpoint hold what: headers opened as they are needed, checked, kept. Used live and offline.
+
+The layout in the manifest says which ranks held a box, and the rule of ``shares.py`` which of them wrote it, so only their
+headers are opened. The rule is a hint: where they do not hold the whole box, all ranks that had it are asked.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from distckpt.boxes import Box
 from distckpt.errors import ShardError
 from distckpt.format.box_reader import open_shard
-from distckpt.format.layout import Layout, Mesh, candidate_ranks
+from distckpt.format.layout import Layout, Mesh, candidate_ranks, interned, meeting_cells
 from distckpt.format.manifest import Manifest, MeshEntry, TensorEntry
 from distckpt.format.shard import ShardHeader, StoredBox
+from distckpt.format.shares import Writers
 from distckpt.storage.base import Store
 
 HEADER_THREADS = 16
@@ -20,7 +26,8 @@ HEADER_THREADS = 16
 
 def mesh_of(entry: MeshEntry) -> Mesh:
     """Return a manifest's mesh with its runs of ranks written out."""
-    return Mesh(tuple(entry.shape), tuple(rank for start, stop in entry.ranks for rank in range(start, stop)))
+    ranks = tuple(itertools.chain.from_iterable(itertools.starmap(range, entry.ranks)))
+    return interned(Mesh(tuple(entry.shape), ranks))
 
 
 def layout_of(entry: TensorEntry, meshes: Sequence[Mesh]) -> Layout:
@@ -40,6 +47,7 @@ class ShardIndex:
         self.folder = folder
         self._meshes = [mesh_of(mesh) for mesh in manifest.meshes]
         self._layouts: dict[str, Layout] = {}
+        self._writers: Writers | None = None
         self._headers: dict[int, ShardHeader] = {}
         self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
         self._lock = threading.Lock()
@@ -90,11 +98,25 @@ class ShardIndex:
             return []
         if len(self.manifest.shards) == 1:
             return [0]
-        entry = self.manifest.tensors[fqn]
+        return sorted(candidate_ranks(self.manifest.tensors[fqn].shape, self._layout(fqn), box))
+
+    def writers(self, fqn: str, box: Box) -> list[int]:
+        """Return the shards that hold the box if every rank wrote what it was to write: nothing is opened."""
+        layout = self._layout(fqn)
+        if layout.explicit is not None or len(self.manifest.shards) == 1:
+            return self.candidates(fqn, box)
+        with self._lock:
+            if self._writers is None:
+                entries = self.manifest.tensors.items()
+                self._writers = Writers({n: (e.dtype, e.shape, self._layout(n)) for n, e in entries})
+            cells = meeting_cells(self.manifest.tensors[fqn].shape, layout, box)
+            return sorted({rank for cell in cells for rank in self._writers.of(fqn, cell, box)})
+
+    def _layout(self, fqn: str) -> Layout:
         layout = self._layouts.get(fqn)
         if layout is None:
-            layout = self._layouts[fqn] = layout_of(entry, self._meshes)
-        return sorted(candidate_ranks(entry.shape, layout, box))
+            layout = self._layouts[fqn] = layout_of(self.manifest.tensors[fqn], self._meshes)
+        return layout
 
     def overlapping(self, fqn: str, box: Box) -> list[tuple[int, StoredBox]]:
         """Return (shard, stored box) for each stored box that shares elements with ``box``; opens only those shards.
@@ -104,7 +126,14 @@ class ShardIndex:
         name = self.resolve(fqn)
         entry = self.manifest.tensors[name]
         promised = (entry.dtype, tuple(entry.shape))
-        shards = self.candidates(name, box)
+        found = self._overlapping(name, box, self.writers(name, box), promised)
+        if sum(part.numel for _, stored in found if (part := stored.box.intersect(box)) is not None) != box.numel:
+            found = self._overlapping(name, box, self.candidates(name, box), promised)
+        return found
+
+    def _overlapping(
+        self, name: str, box: Box, shards: Sequence[int], promised: tuple[str, tuple[int, ...]]
+    ) -> list[tuple[int, StoredBox]]:
         found = []
         for shard, boxes in zip(shards, self.open(shards), strict=True):
             for stored in boxes.get(name, ()):

@@ -58,13 +58,8 @@ def commit_source(
     at = parse_location(target)
     store = at.store
     chosen = next(s for s in (at.step, step, source.step, 0) if s is not None)
-    ensure_root(store)
-    line = lineage(list_committed(store), read_generations(store))
-    if line and line[0].step >= chosen:
-        raise ConfigError(f"{store.url}: its newest step is {line[0].step}; step {chosen} needs a root of its own")
+    generation = new_generation(store, chosen, "distckpt convert")
     groups = _share_out(source.tensors, shard_bytes, len(source.per_rank))
-    resumed = (line[0].generation, line[0].step) if line else None
-    generation = create_generation(store, resumed_from=resumed, owner="distckpt convert").number
     save_id = uuid.uuid4().hex
     attempt = begin_attempt(store, step=chosen, generation=generation, nonce=save_id[:8])
     folder = f"{names.step_folder(chosen)}/{attempt}"
@@ -82,6 +77,19 @@ def commit_source(
         raise CorruptCheckpoint(f"{store.url}/{path}: written, but it does not verify: {report.problems[0].what}")
     root = str(getattr(store, "root", store.url))
     return Written(f"{root}/{names.step_folder(chosen)}", chosen, content)
+
+
+def new_generation(store: Store, step: int, owner: str) -> int:
+    """Begin a generation that continues a root's newest step, or the root itself; returns its number.
+
+    Raises ``ConfigError`` if the root already has that step or a later one.
+    """
+    ensure_root(store)
+    line = lineage(list_committed(store), read_generations(store))
+    if line and line[0].step >= step:
+        raise ConfigError(f"{store.url}: its newest step is {line[0].step}; step {step} needs a root of its own")
+    resumed = (line[0].generation, line[0].step) if line else None
+    return create_generation(store, resumed_from=resumed, owner=owner).number
 
 
 def _share_out(tensors: Mapping[str, Stream], most: int, ranks: int) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
 import os
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distckpt.boxes import flat_range_to_boxes
+from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
 from distckpt.errors import CheckpointNotFound, CorruptCheckpoint
 from distckpt.export.stream import Buffer, Stream
 from distckpt.format.dtypes import itemsize
+from distckpt.storage.posix_reader import PosixReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,20 @@ class FileTensor:
 
     def stream(self) -> Stream:
         """Return it as a stream; nothing is opened before the first read."""
-        return Stream(self.dtype, self.shape, self.read if self.contiguous else self._gather)
+        if self.contiguous:
+            return Stream(self.dtype, self.shape, self.read, self._into)
+        return Stream(self.dtype, self.shape, self._gather)
 
     def read(self, start: int, stop: int) -> Buffer:
         """Return bytes of a contiguous tensor. Raises ``CorruptCheckpoint`` if the file ends before."""
         return read_bytes(self.path, self.start + start, stop - start)
+
+    def _into(self, box: Box, start: int, stop: int, view: memoryview) -> None:
+        flat = is_flat_range(box, self.shape)
+        if flat is None:
+            Stream(self.dtype, self.shape, self.read).fill(box, start, stop, view)
+        else:
+            read_into(self.path, self.start + flat[0] * itemsize(self.dtype) + start, view)
 
     def _gather(self, start: int, stop: int) -> Buffer:
         """Return row-major bytes of a tensor with other strides, through a mapping of the file."""
@@ -105,15 +116,18 @@ def joined(dtype: str, shape: tuple[int, ...], runs: Sequence[Run], where: str) 
 def read_bytes(path: str, start: int, count: int) -> bytearray:
     """Return exactly ``count`` bytes of a file; ``CorruptCheckpoint`` if it is shorter."""
     out = bytearray(count)
-    view, done = memoryview(out), 0
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while done < count:
-            got = file.readinto(view[done:])
-            if not got:
-                raise CorruptCheckpoint(f"{path}: ends at byte {start + done}, {start + count} are needed; truncated")
-            done += got
+    read_into(path, start, memoryview(out))
     return out
+
+
+def read_into(path: str, start: int, view: memoryview) -> None:
+    """Fill a view with a file's bytes; ``CorruptCheckpoint`` if it is shorter. Large reads pass the page cache by."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if start + len(view) > size:
+            raise CorruptCheckpoint(f"{path}: ends at byte {size}, {start + len(view)} are needed; truncated")
+        with contextlib.closing(PosixReader(file.fileno(), size, path=path, count=lambda what, amount: None)) as reader:
+            reader.read_into(start, view)
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:

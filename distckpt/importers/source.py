@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distckpt.boxes import Box, flat_range_to_boxes
-from distckpt.dcp.leaves import byte_view, tree_refs
+from distckpt.boxes import Box
+from distckpt.dcp.leaves import tree_refs
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE
 from distckpt.engines.torch import split_state_names
 from distckpt.errors import IncompatibleState
@@ -51,6 +51,8 @@ class Source:
     metrics: dict[str, Any] = field(default_factory=dict)
     per_rank: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    """Where it is distckpt's own: for layouts and digests."""
     _seen: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     @property
@@ -181,6 +183,7 @@ def open_distckpt(path: str | os.PathLike[str], options: Options) -> Source:
     found = open_checkpoint(where, strict=True)
     manifest = found.manifest
     source = Source("distckpt", where, step=found.step, epoch=found.epoch, config=found.config)
+    source.checkpoint = found
     for fqn, entry in manifest.tensors.items():
         source.tensors[fqn] = _stored(found, fqn, entry.dtype, tuple(entry.shape))
     source.aliases = dict(manifest.aliases)
@@ -191,16 +194,15 @@ def open_distckpt(path: str | os.PathLike[str], options: Options) -> Source:
 
 
 def _stored(found: Checkpoint, fqn: str, dtype: str, shape: tuple[int, ...]) -> Stream:
-    size = itemsize(dtype)
+    size, whole = itemsize(dtype), Box.whole(shape)
 
     def read(start: int, stop: int) -> Buffer:
-        first, last = start // size, -(-stop // size)
-        out = bytearray()
-        for box in flat_range_to_boxes(shape, first, last):
-            out += byte_view(found.read_box(fqn, box))
-        return memoryview(out)[start - first * size : stop - first * size]
+        first, last = start // size * size, -(-stop // size) * size
+        out = memoryview(bytearray(last - first))
+        found.read_into(fqn, whole, first, last, out)
+        return out[start - first : stop - first]
 
-    return Stream(dtype, shape, read)
+    return Stream(dtype, shape, read, lambda box, start, stop, view: found.read_into(fqn, box, start, stop, view))
 
 
 def box_of(offsets: Iterable[int], sizes: Iterable[int]) -> Box:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distckpt import failpoints
 from distckpt.boxes import Box
 from distckpt.dcp.parallel import run_all
+from distckpt.errors import AgreementError
 from distckpt.export.stream import CHUNK, Progress, Stream
 from distckpt.format import digest as digests
 from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
 from distckpt.storage.base import Store, Writer
+from distckpt.storage.direct import ALIGNMENT, POOL
+
+Fill = Callable[[int, int, int, memoryview], None]
+"""(piece, start, stop, view): put bytes [start, stop) of that piece's elements into ``view``; called from threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +50,69 @@ def write_streams(
     threads: int,
     progress: Progress,
 ) -> WrittenShard:
-    """Write whole tensors as one durable shard of a new name. Memory: ``threads`` requests of at most ``CHUNK`` bytes.
-
-    A store that takes only rising offsets has everything read twice: the header, which has the digests, comes first.
-    """
+    """Write whole tensors as one durable shard of a new name; see ``write_pieces``."""
     pieces = [Piece(fqn, s.dtype, s.shape, Box.whole(s.shape)) for fqn, s in streams.items()]
     plan = plan_shard(pieces, rank=rank, world_size=world_size, save_id=save_id, objects=objects)
     sources = list(streams.values())
+
+    def fill(piece: int, start: int, stop: int, view: memoryview) -> None:
+        sources[piece].fill(pieces[piece].box, start, stop, view)
+
+    return write_pieces(store, name, plan, fill, threads=threads, request=CHUNK, progress=progress)
+
+
+def write_pieces(
+    store: Store,
+    name: str,
+    plan: ShardPlan,
+    fill: Fill,
+    *,
+    threads: int,
+    request: int,
+    progress: Progress = lambda nbytes: None,
+    stopped: Callable[[], str | None] = lambda: None,
+) -> WrittenShard:
+    """Write a planned shard durably from pieces whose bytes are made on demand, ``request`` (at most 8 MiB) at a time.
+
+    Memory: ``threads`` buffers of that size, reused. ``stopped`` is asked before every request: a text means that a peer
+    has failed, and ends the writing with ``AgreementError``. A store that takes only rising offsets has everything made
+    twice: the header, which has the digests, comes first.
+    """
     found = [[""] * digests.block_count(nbytes, plan.block) for nbytes in plan.nbytes]
+    requests = list(_requests(plan, request))
     writer = store.open_writer(name, plan.size)
+
+    def work(parts: list[_Part], *, hashing: bool, writing: bool) -> None:
+        reason = stopped()
+        if reason is not None:
+            raise AgreementError(f"writing stopped because another rank failed: {reason}")
+        # The bytes lie in the buffer as they will in the file's pages, so that whole pages can be written directly.
+        offset = plan.starts[parts[0].piece] + parts[0].start
+        with POOL.lend() as buffer:
+            at = first = offset % ALIGNMENT
+            for part in parts:
+                view = buffer[at : at + part.stop - part.start]
+                fill(part.piece, part.start, part.stop, view)
+                if hashing:
+                    number = part.start // plan.block
+                    blocks = digests.block_digests(view, plan.block)
+                    found[part.piece][number : number + len(blocks)] = blocks
+                at += len(view)
+            if writing:
+                _write(writer, offset, buffer[first:at])
+                progress(at - first)
+
     try:
-        if not store.capabilities.random_write:
-            for request in _requests(plan):
-                _hash(request, _read(request, sources), found, plan.block)
+        if store.capabilities.random_write:
+            run_all(lambda parts: work(parts, hashing=True, writing=True), requests, threads, "convert")
+            failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(render_header(plan, found)))
-            for request in _requests(plan):
-                _write(writer, plan, request, _read(request, sources), progress)
         else:
-
-            def work(request: list[_Part]) -> None:
-                views = _read(request, sources)
-                _hash(request, views, found, plan.block)
-                _write(writer, plan, request, views, progress)
-
-            run_all(work, list(_requests(plan)), threads, "convert")
+            run_all(lambda parts: work(parts, hashing=True, writing=False), requests, threads, "convert")
+            failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(render_header(plan, found)))
+            for parts in requests:
+                work(parts, hashing=False, writing=True)
         writer.commit()
     except BaseException:
         writer.abort()
@@ -76,37 +120,31 @@ def write_streams(
     return WrittenShard(plan.size, digests.digest(render_header(plan, found)), tuple(map(tuple, found)))
 
 
-def _requests(plan: ShardPlan) -> Iterator[list[_Part]]:
-    """Cut the data, in file order, into runs of about ``CHUNK`` bytes whose parts begin at block boundaries."""
+def _requests(plan: ShardPlan, most: int) -> Iterator[list[_Part]]:
+    """Cut the data, in file order, into runs of at most ``most`` bytes whose parts begin at block boundaries."""
+    most = max(most, plan.block)
     current: list[_Part] = []
     filled = 0
     for index in plan.order:
         nbytes, at = plan.nbytes[index], 0
         while at < nbytes:
-            stop = min(nbytes, at + max(plan.block, (CHUNK - filled) // plan.block * plan.block))
-            current.append(_Part(index, at, stop))
-            filled += stop - at
-            at = stop
-            if filled >= CHUNK:
+            room = most - filled
+            stop = nbytes if nbytes - at <= room else at + room // plan.block * plan.block
+            if stop > at:
+                current.append(_Part(index, at, stop))
+                filled += stop - at
+                at = stop
+            if at < nbytes or filled == most:
                 yield current
                 current, filled = [], 0
     if current:
         yield current
 
 
-def _read(request: list[_Part], sources: Sequence[Stream]) -> list[memoryview]:
-    return [memoryview(sources[part.piece].read(part.start, part.stop)).cast("B") for part in request]
-
-
-def _hash(request: list[_Part], views: Sequence[memoryview], found: list[list[str]], block: int) -> None:
-    for part, view in zip(request, views, strict=True):
-        blocks = digests.block_digests(view, block)
-        found[part.piece][part.start // block : part.start // block + len(blocks)] = blocks
-
-
-def _write(
-    writer: Writer, plan: ShardPlan, request: list[_Part], views: Sequence[memoryview], progress: Progress
-) -> None:
-    data = views[0] if len(views) == 1 else memoryview(b"".join(views))
-    writer.write_at(plan.starts[request[0].piece] + request[0].start, data)
-    progress(len(data))
+def _write(writer: Writer, offset: int, view: memoryview) -> None:
+    """Write bytes in two steps where they begin within a page: its rest, then whole pages."""
+    head = min(len(view), -offset % ALIGNMENT)
+    if head:
+        writer.write_at(offset, view[:head])
+    if len(view) > head:
+        writer.write_at(offset + head, view[head:])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +14,7 @@ from distckpt.dcp.leaves import (
     PER_RANK,
     REPLICATED,
     State,
+    TensorLeaf,
     flatten_tree,
     tensor_leaf,
     tree_refs,
@@ -23,6 +25,23 @@ from distckpt.errors import ConfigError, DistckptError, IncompatibleState
 
 RNG, EXTRA = "rng", "extra_state"
 _RESERVED = {"model", "optim", RNG, EXTRA}
+
+
+@runtime_checkable
+class LeafStateful(Protocol):
+    """A stateful whose tensors are leaves: sharded like the model, read and written in place (averages of weights)."""
+
+    def leaves(self, name: str, *, loading: bool = False) -> State:
+        """Return its tensors under ``<name>.``, aliases among them, and one object called ``name``.
+
+        A leaf whose own FQN is another than its key is the tensor of that name, and stored once where that is true.
+        """
+
+    def take_over(self, name: str, value: Any, loaded: Collection[str], stored: Collection[str]) -> list[str]:
+        """Finish a load that filled the leaves. ``value``: its object; ``loaded``: names found; ``stored``: tensors stored."""
+
+    def begin_again(self, name: str, why: str) -> list[str]:
+        """Start over from the loaded model, because the checkpoint's state of this name is not there or not wanted."""
 
 
 class Components:
@@ -53,6 +72,10 @@ class Components:
         if not (callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))):
             raise ConfigError(f"stateful {name!r} ({type(part).__name__}) needs state_dict() and load_state_dict()")
         self.parts[name] = part
+        if isinstance(part, LeafStateful) and self.kind(name) != REPLICATED:
+            raise ConfigError(
+                f"stateful {name!r} is sharded like the model: it cannot be in per_rank or drop_on_resize"
+            )
 
     def kind(self, name: str) -> str:
         """Return how the part's values relate between ranks."""
@@ -65,11 +88,22 @@ class Components:
     def add_to(self, state: State, extra_state: Any = None) -> None:
         """Add every part's current state. Tensors of replicated parts become leaves; per-rank ones stay in place."""
         for name, part in self.parts.items():
-            self._add_tree(state, name, part.state_dict())
+            if isinstance(part, LeafStateful):
+                _merge(state, part.leaves(name))
+            else:
+                self._add_tree(state, name, part.state_dict())
         if extra_state is not None:
             self._add_tree(state, EXTRA, extra_state)
         if self.config.save_rng_state:
             state.add_object(RNG, capture_rng(), PER_RANK)
+
+    def settled(self, state: State) -> frozenset[str]:
+        """Return the FQNs of the tensors of parts that change right after optimizer steps alone.
+
+        A replicated part says so by an attribute ``distckpt_settled = True`` of its class (an EMA, for instance).
+        """
+        prefixes = tuple(f"{n}." for n, p in self.parts.items() if getattr(p, "distckpt_settled", False))
+        return frozenset(name for name in state.tensors if name.startswith(prefixes)) if prefixes else frozenset()
 
     def add_targets(self, state: State, saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Add the live tensors of the parts as targets of a load, where they fit.
@@ -78,13 +112,20 @@ class Components:
         may grow, and its ``load_state_dict`` is the judge.
         """
         self._live = {}
+        self.add_leaf_targets(state)
         for name, part in self.parts.items():
-            if self.kind(name) == REPLICATED:
+            if self.kind(name) == REPLICATED and not isinstance(part, LeafStateful):
                 for fqn, tensor in flatten_tree(name, part.state_dict())[0].items():
                     leaf = tensor_leaf(fqn, tensor) if fqn in saved else None
                     if leaf is not None and (leaf.layout is not None or (leaf.dtype, leaf.shape) == saved[fqn]):
                         state.add_leaf(leaf)
                         self._live[fqn] = tensor
+
+    def add_leaf_targets(self, state: State) -> None:
+        """Add the leaves of parts that have their own, as targets of a load."""
+        for name, part in self.parts.items():
+            if isinstance(part, LeafStateful):
+                _merge(state, part.leaves(name, loading=True))
 
     def _add_tree(self, state: State, name: str, tree: Any) -> None:
         kind = self.kind(name)
@@ -111,6 +152,29 @@ class Components:
                 f"stateful {name!r}: {type(self.parts[name]).__name__}.load_state_dict refused its saved state "
                 f"({type(error).__name__}: {error}); leave it out with exclude=({name!r}, '{name}.*'), or restore what it was"
             ) from error
+
+
+def _merge(state: State, offered: State) -> None:
+    """Add a part's leaves; one that is a tensor of the state already, in the same memory, becomes an alias of it."""
+    for name, leaf in offered.tensors.items():
+        target = state.aliases.get(leaf.fqn, leaf.fqn)
+        if target in state.tensors and _same_memory(state.tensors[target], leaf):
+            state.aliases[name] = target
+        else:
+            state.add_leaf(replace(leaf, fqn=name))
+    for alias, target in offered.aliases.items():
+        state.aliases[alias] = state.aliases.get(target, target)
+    for single in offered.objects.values():
+        state.add_object(single.name, single.value, single.kind)
+
+
+def _same_memory(one: TensorLeaf, other: TensorLeaf) -> bool:
+    def places(leaf: TensorLeaf) -> list[Any]:
+        return [(box, t.data_ptr(), t.device, t.stride()) for box, t in leaf.parts]
+
+    return (one.dtype, one.shape, one.layout) == (other.dtype, other.shape, other.layout) and places(one) == places(
+        other
+    )
 
 
 def _singles(part: Any) -> list[tuple[str, Any]]:

@@ -5,25 +5,38 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from distckpt.manager.report import LoadReport
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total_bytes: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the number of bytes just done; a bar only where standard error is a terminal."""
+def progress_bar(
+    title: str, total: int, *, enabled: bool, unit: Literal["bytes", "rows"] = "bytes"
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the number of bytes (or rows) just done; a bar only where standard error is a terminal."""
     if not enabled or not sys.stderr.isatty():
-        yield lambda nbytes: None
+        yield lambda number: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    speed = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TimeRemainingColumn())
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *speed)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda nbytes: progress.advance(task, nbytes)
+        task = progress.add_task(title, total=total)
+        yield lambda number: progress.advance(task, number)
 
 
 def resume_rows(report: LoadReport) -> list[tuple[str, str, str]]:

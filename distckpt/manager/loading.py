@@ -23,11 +23,13 @@ from distckpt.errors import (
 )
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
-from distckpt.format.manifest import decode_manifest, encode_manifest
+from distckpt.format.manifest import Manifest, reread_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
+from distckpt.manager.exchange import Opening, read_small
+from distckpt.manager.reading import Restore
 from distckpt.manager.report import LoadOptions, LoadReport
-from distckpt.manager.restore import Restore, restore
+from distckpt.manager.restore import restore
 from distckpt.manager.root import RunRoot
 from distckpt.storage import open_store
 from distckpt.storage.base import Store
@@ -53,6 +55,8 @@ class Loader:
         self.root = root
         self.engine = engine
         self.components = components
+        self.loaded: Manifest | None = None
+        """Manifest of what was loaded last."""
 
     def newest(self, key: str, options: LoadOptions) -> LoadReport | None:
         """Load the newest checkpoint of the lineage that every rank can load; None where there is none at all."""
@@ -116,23 +120,32 @@ class Loader:
     def _load(self, store: Store, committed: Committed, key: str, options: LoadOptions, path: str) -> LoadReport:
         def read() -> bytes:
             try:
-                return b"+" + encode_manifest(read_manifest(store, committed))
+                found = read_manifest(store, committed)
             except CorruptCheckpoint as error:
                 return b"-" + str(error).encode()
+            readers.append(CheckpointReader(store, found, committed.folder))
+            small = read_small(readers[0]) if self.agreement.world_size > 1 else {}
+            return b"+" + msgspec.msgpack.encode(Opening.of(found, small))
+
+        readers: list[CheckpointReader] = []  # the leader's
 
         answer = self._ask(f"{key}/manifest", read)
         if answer[:1] == b"-":
             raise CorruptCheckpoint(answer[1:].decode())
-        manifest = decode_manifest(answer[1:], where=f"{path}/{committed.manifest_path.rpartition('/')[2]}")
-        reader = CheckpointReader(store, manifest, committed.folder)
+        opening = msgspec.msgpack.decode(memoryview(answer)[1:], type=Opening)
+        manifest = reread_manifest(opening.manifest, where=f"{path}/{committed.manifest_path.rpartition('/')[2]}")
+        reader = readers[0] if readers else CheckpointReader(store, manifest, committed.folder)
         bar: AbstractContextManager[Callable[[int], None]] = progress_bar(
             f"loading step {committed.step}",
             sum(s.size for s in manifest.shards) // self.agreement.world_size,
             enabled=self.config.verbose and self.agreement.is_leader,
         )
         with bar as progress:
-            load = Restore(reader, self.engine, self.components, self.config, options, path, progress)
-            return restore(self.agreement, key, load)
+            small = opening.small(manifest)
+            load = Restore(reader, self.engine, self.components, self.config, options, path, progress, small)
+            report = restore(self.agreement, key, load)
+        self.loaded = manifest
+        return report
 
     def _ask(self, key: str, answer: Callable[[], bytes]) -> bytes:
         """Return the leader's answer on every rank; its errors are raised on all in their own kind."""

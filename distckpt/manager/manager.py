@@ -17,6 +17,7 @@ from distckpt.errors import AgreementError, ConfigError, SaveFailed, StaleGenera
 from distckpt.format import names
 from distckpt.format.lineage import Committed
 from distckpt.manager.components import Components
+from distckpt.manager.fence import StepFence
 from distckpt.manager.history import MetricsHistory
 from distckpt.manager.line import JobLine
 from distckpt.manager.loading import Loader
@@ -75,7 +76,10 @@ class CheckpointManager:
         self.failures = 0
         self._serial = next(_SERIALS) if self.agreement.world_size > 1 else 0
         self._calls = 0
-        self._saver = BackgroundSaver()
+        self._saver = BackgroundSaver(config.background_nice)
+        self._fence = StepFence(
+            config, self.engine, self.pipeline, lambda: self.failures < config.max_consecutive_failures
+        )
         self._submitted = False
         self._saves = 0
         self._last_path: str | None = None
@@ -143,6 +147,13 @@ class CheckpointManager:
         self._saver.join(self._patience_s())
         self._surface()
 
+    def fence(self) -> None:
+        """Return when weights and optimizer state may be changed: call it before doing so other than by optimizer steps.
+
+        With ``lazy_staging`` a save under way may still be copying them; without, there is nothing to wait for.
+        """
+        self._fence.pass_through()
+
     def _patience_s(self) -> float:
         return self.config.timeout_s * (self.config.retries + 1) + 60
 
@@ -162,7 +173,7 @@ class CheckpointManager:
         budget = self.pipeline.budget = Deadline.after(self.schedule.budget_s) if urgent else None
         self._saver.join(self._patience_s() if budget is None else budget.left_s)
         self._surface()
-        self._ensure_generation()
+        self.line.ensure(self._key("generation"))
         if self._last_path is not None and self._last_path.endswith(names.step_folder(step)):
             log.info("step %d is saved already", step)
             return self._last_path
@@ -171,9 +182,11 @@ class CheckpointManager:
             if self.config.save_best_only and not urgent and not self._is_best(step, metrics):
                 return None
             self._saves += 1
-            job = self._job(epoch, step, metrics, model_config, extra_state)
-            if self.config.async_save and not urgent:
-                self._saver.submit(job, str(step))
+            background = self.config.async_save and not urgent
+            stored = {"epoch": epoch, "metrics": metrics, "config": model_config}
+            job = self._job(step, stored, extra_state, background)
+            if background:
+                self._saver.submit(job, str(step), self.pipeline.hurry)
                 self._submitted = True
             else:
                 job()
@@ -185,21 +198,13 @@ class CheckpointManager:
         self._last_path = path
         return path
 
-    def _job(
-        self, epoch: float | None, step: int, metrics: dict[str, Any], model_config: Any, extra_state: Any
-    ) -> Callable[[], None]:
+    def _job(self, step: int, stored: dict[str, Any], extra_state: Any, background: bool) -> Callable[[], None]:
         """Prepare a save on the training thread; return the rest, with what goes before and after its commit."""
         generation = self.line.generation or 0
         request = SaveRequest(
-            save_id=self._key("save"),
-            step=step,
-            generation=generation,
-            epoch=epoch,
-            metrics=metrics,
-            config=model_config,
-            provenance=self.line.provenance(),
+            save_id=self._key("save"), step=step, generation=generation, provenance=self.line.provenance(), **stored
         )
-        write: Job = self.pipeline.prepare(request, extra_state)
+        write: Job = self.pipeline.prepare(request, extra_state, background=background)
         rows = self.history.take()
 
         def job() -> None:
@@ -213,6 +218,7 @@ class CheckpointManager:
 
     def _surface(self) -> None:
         error, submitted, self._submitted = self._saver.take_error(), self._submitted, False
+        self.pipeline.forget()
         if error is None:
             if submitted:
                 self.failures = 0
@@ -263,10 +269,6 @@ class CheckpointManager:
             log.warning("metrics are not stored yet: %s", error)
             self.history.put_back(rows)
 
-    def _ensure_generation(self) -> None:
-        if self.line.generation is None:
-            self.line.ensure(self._key("generation"))
-
     # ------------------------------------------------------------------ loading
 
     def resume(self, *, fresh: bool = False, **options: Any) -> LoadReport | None:
@@ -280,11 +282,11 @@ class CheckpointManager:
         self.wait()
         if fresh or self.line.fresh:
             self.line.fresh = True
-            self._ensure_generation()
+            self.line.ensure(self._key("generation"))
             return None
         report = self.loader.newest(self._key("resume"), self._options(options))
         self._continue(report)
-        self._ensure_generation()
+        self.line.ensure(self._key("generation"))
         return report
 
     def load(
@@ -309,6 +311,7 @@ class CheckpointManager:
             self._flush_metrics()
             self._last_path = None
         self.line.go_on_from(report.generation, report.step)
+        self.pipeline.resumed = self.loader.loaded
         self.history.continue_from(self.root.read_metrics(self.line.resumed_from))
         self.schedule.resumed(report.step, self.history.rows)
 
@@ -360,6 +363,7 @@ class CheckpointManager:
             self.wait()
         finally:
             self._flush_metrics()
+            self._fence.close()
             self.schedule.close()
             self.line.close()
             self.pipeline.close()

@@ -13,29 +13,36 @@ import torch
 from distckpt import clock
 from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
+from distckpt.dcp.agreed import AgreedPlan, agree_plan
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.full import GatheredSource, gather_tensors
 from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
-from distckpt.dcp.replicas import host_bytes, replica_digests
-from distckpt.dcp.saving import (
-    AgreedPlan,
-    SaveRequest,
-    agree_plan,
-    encode_objects,
-    save_error,
-    table_of,
-    write_and_commit,
-)
+from distckpt.dcp.replicas import host_bytes, tensor_claims
+from distckpt.dcp.saving import SaveRequest, encode_objects, save_error, table_of, write_and_commit
 from distckpt.dcp.writer import Source
-from distckpt.engines.base import Engine
-from distckpt.errors import AgreementError, CommitInDoubt, LayoutChanged, SaveFailed, StaleGeneration
+from distckpt.engines.base import Engine, StepBound
+from distckpt.errors import (
+    AgreementError,
+    CommitInDoubt,
+    LayoutChanged,
+    SaveFailed,
+    SnapshotFailed,
+    StaleGeneration,
+)
 from distckpt.format.dtypes import itemsize
+from distckpt.format.manifest import Manifest
 from distckpt.manager.components import Components
 from distckpt.manager.staging import StagingArena
+from distckpt.manager.state_copy import StateCopy
 from distckpt.storage.base import Store
 
 log = logging.getLogger("distckpt")
+
+PAUSE = 1.0
+"""A lazy copy rests as long as it works, unless training waits for it."""
+FINAL = (StaleGeneration, LayoutChanged, SnapshotFailed, CommitInDoubt)
+"""Failures that writing the same copy again cannot help."""
 
 Job = Callable[[], str]
 """The rest of a save; returns the manifest's name on the store. Runs on the saving thread, or at once."""
@@ -56,14 +63,19 @@ class SavePipeline:
         self.engine = engine
         self.components = components
         self.budget: Deadline | None = None
+        self.resumed: Manifest | None = None
+        """The manifest of the checkpoint that was loaded last, until the next save: it knows the plan."""
         self.arena = StagingArena()
         self._saving = agreement.clone()  # the saving thread's own line to the other ranks
         self._plan: AgreedPlan | None = None
+        self._copy: StateCopy | None = None
+        self._restless: set[str] = set()  # found changed in the middle of a lazy copy: from then on copied at once
 
-    def prepare(self, request: SaveRequest, extra_state: Any) -> Job:
+    def prepare(self, request: SaveRequest, extra_state: Any, *, background: bool) -> Job:
         """Collect, plan and stage; ``request`` lacks only what is collected here, and its id is fresh.
 
-        When this returns, the live state may change (except in a full save, whose job runs at once).
+        When this returns, the live state may change, except in a full save, whose job runs at once, and for what a lazy
+        save (``lazy_staging``, in the background) leaves for its job to copy: ``settle`` waits for that.
         """
         key, full = request.save_id, self.config.mode == "full"
         try:
@@ -72,12 +84,21 @@ class SavePipeline:
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
             first, self._plan = self._plan, None
+            resumed, self.resumed = self.resumed, None
             agreed = agree_plan(
-                self.agreement, key, table_of(state), first, step=request.step, timeout_s=self._left_s(), full=full
+                self.agreement,
+                key,
+                table_of(state),
+                first,
+                step=request.step,
+                timeout_s=self._left_s(),
+                full=full,
+                resumed=resumed,
             )
             with self.agreement.guard(f"{key}/begin"):
-                replicas = replica_digests(state, agreed.held, self.agreement.rank) if agreed is not first else None
-                source = None if full else self._stage(agreed, state)
+                replicas = tensor_claims(state, agreed.held, self.agreement.rank) if agreed is not first else {}
+                copy = self._begin(agreed, state) if background and self.config.lazy_staging else None
+                source = None if full or copy is not None else self._stage(agreed, state)
         except AgreementError as error:
             raise save_error(request.step, error) from error
         self._plan = agreed
@@ -89,9 +110,32 @@ class SavePipeline:
             replicas=replicas,
             trained=self.engine.trained(),
         )
+        if copy is not None:
+            self._copy = copy
+            return lambda: self._copy_and_write(agreed, filled, copy)
         if source is None:
             return lambda: self._write_full(agreed, filled, state)
-        return lambda: self._write(agreed, filled, source, self._saving)
+        threads = self._background_threads if background else self.config.threads
+        return lambda: self._write(agreed, filled, source, self._saving, threads=threads)
+
+    def settle(self) -> None:
+        """Return when the live state may be changed; ``SnapshotFailed`` if the save under way has lost it."""
+        copy = self._copy
+        if copy is not None:
+            try:
+                copy.settle(self.config.timeout_s)
+            finally:
+                self.forget()
+
+    def hurry(self) -> None:
+        """Have a lazy copy under way take no more rests: somebody waits for the save."""
+        copy = self._copy
+        if copy is not None:
+            copy.hurry()
+
+    def forget(self) -> None:
+        """Let go of the last lazy copy, and so of the tensors that it was made from: it is over, and was told of."""
+        self._copy = None
 
     def close(self) -> None:
         """Give memory and connection back."""
@@ -100,10 +144,33 @@ class SavePipeline:
 
     def _stage(self, agreed: AgreedPlan, state: State) -> Source:
         """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
-        views = [state.tensors[piece.fqn].view(piece.box) for piece in agreed.pieces]
+        views = _views(agreed, state)
         if self.config.async_save or any(v.device.type != "cpu" for v in views):
             return self.arena.stage(agreed.pieces, views)
         return [host_bytes(view) for view in views].__getitem__
+
+    def _begin(self, agreed: AgreedPlan, state: State) -> StateCopy:
+        """Copy what forward and backward passes may change; return what is left to copy before the next step."""
+        assert isinstance(self.engine, StepBound)
+        settled = (self.engine.settled(state) | self.components.settled(state)) - self._restless
+        return self.arena.begin(agreed.pieces, _views(agreed, state), settled)
+
+    def _copy_and_write(self, agreed: AgreedPlan, request: SaveRequest, copy: StateCopy) -> str:
+        """Copy while training goes on, then write; a copy that went wrong fails the save on all ranks."""
+        try:
+            copy.complete(PAUSE, self.config.timeout_s)
+            check, threads = copy.check, self._background_threads
+            return self._write(
+                agreed, request, copy.staged, self._saving, threads=threads, before_write=check, check=check
+            )
+        finally:
+            self._restless.update(copy.changed)
+            if not copy.failed:  # a failed one is the fence's to tell of
+                self.forget()
+
+    @property
+    def _background_threads(self) -> int:
+        return min(self.config.threads, self.config.background_threads)
 
     def _write_full(self, agreed: AgreedPlan, request: SaveRequest, state: State) -> str:
         """Write on rank 0 while it gathers and the others send; always on the training thread, never retried."""
@@ -124,11 +191,12 @@ class SavePipeline:
         source: Source,
         agreement: Agreement,
         *,
+        threads: int,
         before_write: Callable[[], None] = lambda: None,
-        threads: int | None = None,
+        check: Callable[[], None] = lambda: None,
         retries: int | None = None,
     ) -> str:
-        """Write and commit, again from the same copy where that can help."""
+        """Write and commit, again from the same copy where that can help; ``check`` raises if the copy is no good."""
         started = clock.monotonic()
         retries = self.config.retries if retries is None else retries
         attempt = 0
@@ -141,13 +209,13 @@ class SavePipeline:
                     agreed,
                     tried,
                     source,
-                    threads=threads or self.config.threads,
+                    threads=threads,
                     timeout_s=self._left_s(),
                     before_write=before_write,
+                    before_receipt=check,
                 )
             except SaveFailed as error:
-                final = isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt))
-                if attempt == retries or final or (self.budget is not None and self.budget.passed):
+                if attempt == retries or isinstance(error, FINAL) or (self.budget is not None and self.budget.passed):
                     self._plan = None
                     raise
                 log.warning("step %d: %s; trying again", request.step, error)
@@ -161,6 +229,10 @@ class SavePipeline:
         if self.budget is None:
             return self.config.timeout_s
         return min(self.config.timeout_s, max(1.0, self.budget.left_s))
+
+
+def _views(agreed: AgreedPlan, state: State) -> list[torch.Tensor]:
+    return [state.tensors[piece.fqn].view(piece.box) for piece in agreed.pieces]
 
 
 def _software() -> dict[str, str]:

@@ -15,31 +15,22 @@ import torch
 
 from distckpt.boxes import Box
 from distckpt.clock import Deadline
-from distckpt.config import CheckpointConfig
+from distckpt.dcp import share
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, tree_refs, unflatten_tree
+from distckpt.dcp.read_plan import Request
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, Engine
+from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
-from distckpt.manager.components import EXTRA, RNG, Components
+from distckpt.format.manifest import Manifest
+from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
+from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
+from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """One load on one rank: what it reads from, what it loads into, how."""
-
-    reader: CheckpointReader
-    engine: Engine
-    components: Components
-    config: CheckpointConfig
-    options: LoadOptions
-    path: str
-    progress: Callable[[int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -62,15 +53,34 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     to an older checkpoint; live tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
     """
     matched: list[_Matched] = []
+    saved = load.reader.manifest
+    every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
 
     def match() -> list[str]:
         matched.append(_match_here(agreement.rank, agreement.world_size, load))
-        return matched[0].report.unexpected
+        return [offer_names(agreement, every, matched[0].report.unexpected)]
 
-    unexpected = set(_together(agreement, f"{key}/names", load, match))
+    def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
+        return [common_names(agreement, (offer for offers in by_rank for offer in offers))]
+
+    (answer,) = _together(agreement, f"{key}/names", load, match, combine=common)
+    unexpected = names_of(answer, every, matched[0].report.unexpected)
+    planned: list[Request] = []
+
+    def plan() -> list[str]:
+        planned.extend(_plan_here(load, matched[0], unexpected))
+        return [share.fingerprint(planned), str(share.size_of(planned))]
+
+    group: list[int] = []
+    if may_share(agreement.world_size, load):
+        least = 0 if load.config.share_loads == "always" else share.LEAST_BYTES
+        offered = _together(agreement, f"{key}/share", load, plan, lambda offers: group_offers(offers, least))
+        group = next((ranks for ranks in msgspec.json.decode(offered[0]) if agreement.rank in ranks), [])
 
     def read() -> list[str]:
-        _read_here(load, matched[0], unexpected)
+        if not planned:
+            plan()
+        read_planned(agreement, f"{key}/bytes", load, planned, group)
         return []
 
     def place() -> list[str]:
@@ -81,10 +91,6 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     # A round of its own: engines may call collectives while they take over, so no rank may have failed before.
     matched[0].report.rederived = _together(agreement, f"{key}/place", load, place, combine=_all_said)
     return matched[0].report
-
-
-def _common(by_rank: Sequence[Sequence[str]]) -> list[str]:
-    return sorted(set(by_rank[0]).intersection(*by_rank[1:]))
 
 
 def _all_said(by_rank: Sequence[Sequence[str]]) -> list[str]:
@@ -98,7 +104,7 @@ def _together(
     key: str,
     load: Restore,
     work: Callable[[], list[str]],
-    combine: Callable[[Sequence[Sequence[str]]], list[str]] = _common,
+    combine: Callable[[Sequence[Sequence[str]]], list[str]] = lambda _: [],
 ) -> list[str]:
     """Do the work on every rank and return all ranks' results combined; one rank's error is every rank's."""
     cause: DistckptError | None = None
@@ -158,11 +164,12 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-def _read_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
-    report, state, reader, options = matched.report, matched.state, load.reader, load.options
+def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[Request]:
+    report, state, options = matched.report, matched.state, load.options
     report.unexpected = sorted(unexpected)
     _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
-    reader.read(_wants(state, matched.extras, report), threads=load.config.threads, progress=load.progress)
+    wants = fill_small(_wants(state, matched.extras, report), load.small, load.reader.manifest)
+    return load.reader.plan(wants)
 
 
 def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
@@ -171,7 +178,9 @@ def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
     load.engine.finish(set(report.loaded), matched.objects, optimizer=matched.optimizer)
     _load_parts(report, reader, load.components, matched.objects, tensors, rank, options)
     if options.prove:
-        _prove(report, reader, load.engine, matched.optimizer, load.config.threads)
+        live = load.engine.state(optimizer=matched.optimizer)
+        load.components.add_leaf_targets(live)
+        _prove(report, reader, live, load.config.threads)
     report.read_bytes, report.wanted_bytes = reader.stats.read_bytes, reader.stats.wanted_bytes
     report.headers_read = reader.index.opened
 
@@ -299,7 +308,10 @@ def _load_parts(
     manifest = reader.manifest
     own = _own_objects(reader, rank, options)
     for name in components.parts:
-        if name in objects:
+        part = components.parts[name]
+        if isinstance(part, LeafStateful):
+            report.rederived += _load_leafy(report, name, part, manifest, objects, options)
+        elif name in objects:
             components.load(name, objects[name], tensors)
         elif name in manifest.per_rank and options.wants(name):
             if components.kind(name) == DROP_ON_RESIZE and manifest.world_size != report.world_size:
@@ -317,6 +329,22 @@ def _load_parts(
         report.extra_state = own[EXTRA]
     if RNG in manifest.per_rank and options.wants(RNG):
         _load_rng(report, reader, own, rank)
+
+
+def _load_leafy(
+    report: LoadReport,
+    name: str,
+    part: LeafStateful,
+    manifest: Manifest,
+    objects: dict[str, Any],
+    options: LoadOptions,
+) -> list[str]:
+    """Let a part with leaves of its own take over what was read; without anything saved it starts from the model."""
+    if name in objects:
+        return part.take_over(name, objects[name], set(report.loaded), manifest.tensors.keys())
+    if not any(loaded.startswith(MODEL) for loaded in report.loaded):
+        return []
+    return part.begin_again(name, "not in the checkpoint" if options.wants(name) else "left out of this load")
 
 
 def _own_objects(reader: CheckpointReader, rank: int, options: LoadOptions) -> dict[str, Any]:
@@ -345,9 +373,8 @@ def _unused(name: str, saved: int, now: int) -> list[str]:
     return [f"{name} of ranks {now}..{saved - 1}: not used, the job is smaller now"] if now < saved else []
 
 
-def _prove(report: LoadReport, reader: CheckpointReader, engine: Engine, optimizer: bool, threads: int) -> None:
-    """Read the checkpoint again and compare it with the live state as the engine shows it now, bit for bit."""
-    live = engine.state(optimizer=optimizer)
+def _prove(report: LoadReport, reader: CheckpointReader, live: State, threads: int) -> None:
+    """Read the checkpoint again and compare it with the live state as it is now, bit for bit."""
     loaded = set(report.loaded)
     leaves = {fqn: leaf for fqn, leaf in live.tensors.items() if fqn in loaded}
     for alias, target in live.aliases.items():  # tied here, but stored apart: both copies must be what is live

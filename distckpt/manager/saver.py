@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,7 +23,10 @@ class BackgroundSaver:
     stopped taking work, which would fail the save.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int = 0) -> None:
+        """``nice`` is added to the thread's nice value, and so to that of every thread which a job starts."""
+        self._nice = nice
+        self._hurry: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._registered = False
@@ -31,16 +36,20 @@ class BackgroundSaver:
         """Whether a job is running."""
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, job: Callable[[], None], name: str) -> None:
-        """Start a job; the one before must be over (``join`` first)."""
+    def submit(self, job: Callable[[], None], name: str, hurry: Callable[[], None] = lambda: None) -> None:
+        """Start a job; the one before must be over (``join`` first). ``hurry`` is called when somebody waits for it."""
         assert not self.busy, "a save is in flight"
         self._wait_at_exit()
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"distckpt-save-{name}", daemon=False)
+        self._hurry = hurry
+        go = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(job, go), name=f"distckpt-save-{name}", daemon=False)
         self._thread.start()
+        go.set()  # the caller, which is training, goes on with the interpreter lock: starting would hand it over
 
     def join(self, timeout_s: float) -> None:
         """Wait for the job to end; ``AgreementTimeout`` if it does not within that many seconds."""
         if self._thread is not None:
+            self._hurry()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise AgreementTimeout(
@@ -69,9 +78,18 @@ class BackgroundSaver:
         ):  # a private hook of CPython; without it, the thread's own
             threading._register_atexit(wait)  # type: ignore[attr-defined]
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[], None], go: threading.Event) -> None:
+        go.wait()
+        self._step_back()
         try:
             job()
         except BaseException as error:
             self._error = error
             log.error("background save failed: %s: %s", type(error).__name__, error)
+
+    def _step_back(self) -> None:
+        """Lower this thread's priority, for the CPU and (by default derived from it) for storage."""
+        if self._nice and sys.platform == "linux":  # elsewhere it would be the process's
+            thread = threading.get_native_id()
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + self._nice))

@@ -6,23 +6,34 @@ live tensors (pytorch issue 144657). Device tensors are copied on a side stream 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import mmap
+import os
+from collections.abc import Collection, Sequence
 
 import torch
 
 from distckpt.dcp.writer import Staged
 from distckpt.format.shard import Piece, place_pieces
+from distckpt.manager.state_copy import CHUNK, StateCopy, Streams, Task, Watch
 from distckpt.storage.direct import ALIGNMENT
+
+HUGE_PAGE = 2 << 20
+MOST_THREADS = 4
+"""One thread does not fill a memory bus; four do on most machines."""
 
 
 class StagingArena:
-    """One reusable host buffer. ``stage`` overwrites what was staged before: one save at a time owns it."""
+    """One reusable host buffer. ``stage`` and ``begin`` overwrite what was staged before: one save at a time owns it."""
 
     def __init__(self) -> None:
         self._image = torch.empty(0, dtype=torch.uint8)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._placed: tuple[Sequence[Piece], list[int], list[int]] = ((), [], [])
         self.allocations = 0
         """How often the buffer had to grow; a steady job has 1."""
+        self.copied_at_once = 0
+        """Bytes of the last save that were copied before ``stage`` or ``begin`` returned."""
 
     @property
     def nbytes(self) -> int:
@@ -35,33 +46,58 @@ class StagingArena:
         On return the copies are complete: the caller may change the originals. Work already queued on the current
         stream of a device is part of the snapshot.
         """
-        _, starts, sizes = place_pieces(pieces)
-        self._reserve(sum(sizes), pinned=any(view.is_cuda for view in views))
-        streams = self._side_streams(views)
-        for start, size, view in zip(starts, sizes, views, strict=True):
-            room = self._image[start : start + size].view(view.dtype).view(view.shape)
-            if view.is_cuda:
-                with torch.cuda.stream(streams[view.device]):
-                    room.copy_(view, non_blocking=True)
-            else:
-                room.copy_(view)
-        for stream in streams.values():
-            stream.synchronize()
-        image = self._image[: sum(sizes)].numpy().data
-        return Staged(tuple(image[s : s + n] for s, n in zip(starts, sizes, strict=True)), image)
+        now, _ = self._copies(pieces, views, ())
+        now.synchronize()
+        return now.staged
+
+    def begin(self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str] = ()) -> StateCopy:
+        """Copy as ``stage`` does, except for the tensors named in ``settled``: what is returned is left to copy them.
+
+        Until its ``settle`` has returned those may not be changed. Tensors of which torch would not tell whether they
+        were (inference tensors, devices other than CUDA) are copied at once all the same.
+        """
+        now, later = self._copies(pieces, views, settled)
+        now.order_streams()
+        return later
 
     def release(self) -> None:
         """Give the memory back."""
         self._image = torch.empty(0, dtype=torch.uint8)
 
+    def _copies(
+        self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str]
+    ) -> tuple[StateCopy, StateCopy]:
+        """Return what is copied by now, except on side streams, and what is left."""
+        starts, sizes = self._place(pieces)
+        total = sum(sizes)
+        self._reserve(total, pinned=any(view.is_cuda for view in views))
+        streams = self._side_streams(views)
+        image = self._image[:total].numpy().data
+        staged = Staged(tuple(image[s : s + n] for s, n in zip(starts, sizes, strict=True)), image)
+        now: list[Task] = []
+        later: list[Task] = []
+        for piece, view, start, size in zip(pieces, views, starts, sizes, strict=True):
+            if size:
+                wait = piece.fqn in settled and view.device.type in ("cpu", "cuda") and not view.is_inference()
+                (later if wait else now).append((piece.fqn, view, start, size))
+        self.copied_at_once = sum(size for *_, size in now)
+        at_once = StateCopy(now, self._image, streams, staged)
+        at_once.run(min(copy_threads(), -(-self.copied_at_once // CHUNK)))
+        return at_once, StateCopy(later, self._image, streams, staged, Watch(later))
+
+    def _place(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        if self._placed[0] is not pieces:  # a steady job keeps its plan
+            _, starts, sizes = place_pieces(pieces)
+            self._placed = (pieces, starts, sizes)
+        return self._placed[1:]
+
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):
             self._image = torch.empty(0, dtype=torch.uint8)  # free the old one before asking for more
-            buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
-            self._image = buffer[-buffer.data_ptr() % ALIGNMENT :]  # aligned, so that direct I/O takes it as it is
+            self._image = _pinned(nbytes) if pinned else _pages(nbytes)
             self.allocations += 1
 
-    def _side_streams(self, views: Sequence[torch.Tensor]) -> dict[torch.device, torch.cuda.Stream]:
+    def _side_streams(self, views: Sequence[torch.Tensor]) -> Streams:
         used = {}
         for device in {view.device for view in views if view.is_cuda}:
             stream = self._streams.get(device)
@@ -70,3 +106,31 @@ class StagingArena:
             stream.wait_stream(torch.cuda.current_stream(device))
             used[device] = stream
         return used
+
+
+def copy_threads() -> int:
+    """Return how many threads of this rank copy at once while training waits: its share of the CPUs, at most four."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cpus // max(1, int(ranks) if ranks.isdigit() else 1)
+    return max(1, min(MOST_THREADS, share))
+
+
+def _pages(nbytes: int) -> torch.Tensor:
+    """Return host memory aligned for direct I/O; on huge pages, which are copied to twice as fast, where it is large."""
+    huge = nbytes >= HUGE_PAGE
+    alignment = HUGE_PAGE if huge else ALIGNMENT
+    pages = mmap.mmap(-1, nbytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return _aligned(torch.frombuffer(pages, dtype=torch.uint8), nbytes, alignment)
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    return _aligned(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True), nbytes, ALIGNMENT)
+
+
+def _aligned(buffer: torch.Tensor, nbytes: int, alignment: int) -> torch.Tensor:
+    start = -buffer.data_ptr() % alignment
+    return buffer[start : start + nbytes]

@@ -27,8 +27,10 @@ DIRECT_READ = 1 << 20
 """Reads of at least this many bytes go past the page cache, unless it has them."""
 
 _libc = ctypes.CDLL(None)  # its calls let go of the interpreter lock
-_libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+copy_memory = _libc.memmove
+"""Copy bytes: target address, source address, number."""
+copy_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -163,7 +165,7 @@ def _read_aligned(direct: int, view: memoryview, offset: int, buffer: memoryview
         return 0
     useful = min(got - skip, len(view))
     if not in_place and useful > 0:
-        _libc.memmove(address(view), address(buffer) + skip, useful)
+        copy_memory(address(view), address(buffer) + skip, useful)
     return useful
 
 

@@ -1,4 +1,4 @@
-"""What a folder's file system can do, found out by trying: for ``doctor`` and for the curious."""
+"""What a folder's file system or a bucket can do, found out by trying: for ``doctor`` and for the curious."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Callable
 
+from distckpt.errors import StoreError
+from distckpt.storage.objects import ObjectStore
 from distckpt.storage.paths import mapped
 from distckpt.storage.posix_folders import CREATE_FLAGS, temp_name, unlink_quietly
 
@@ -44,6 +46,21 @@ def posix_facts(root: str | os.PathLike[str]) -> dict[str, object]:
         finally:
             os.close(folder)
     return facts
+
+
+def object_facts(store: ObjectStore) -> dict[str, object]:
+    """Return facts about a bucket, found out by writing a probe under the store's prefix, which is removed again.
+
+    Keys: ``path`` (the URL), ``service``, ``writable``, ``conditional_put`` (whether if-none-match is honoured; None if
+    that could not be found out), ``problem`` (why something does not work, else None).
+    """
+    facts: dict[str, object] = {"path": store.url, "service": store.bucket.service, "problem": None}
+    try:
+        store.check_conditional()
+    except StoreError as error:
+        ignored = error.errno == errno.EOPNOTSUPP
+        return facts | {"writable": ignored, "conditional_put": False if ignored else None, "problem": str(error)}
+    return facts | {"writable": True, "conditional_put": True}
 
 
 def _try_files(folder: int) -> dict[str, object]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from store_contract import StoreContract, names
+from store_contract import StoreContract, names, write
 
 from distckpt.errors import AlreadyExists, ConfigError, NotFound, StoreError
 from distckpt.storage import MemoryStore, PosixStore, Store, open_store
@@ -49,6 +49,29 @@ class TestMemoryStore(StoreContract):
     @pytest.fixture
     def store(self) -> Store:
         return MemoryStore()
+
+
+class TestObjectStore(StoreContract):
+    """Against a local S3 server, below a prefix."""
+
+    strict_tree = False
+
+    @pytest.fixture
+    def store(self, bucket: str) -> Store:
+        return open_store(f"s3://{bucket}/runs/a b/")
+
+    def test_counters(self, store: Store) -> None:
+        store.create("a/b", b"12345")
+        write(store, "a/c", b"123")
+        store.read("a/b", 1, 2)
+        store.read_into("a/b", 0, memoryview(bytearray(4)))
+        list(store.list())
+        store.list_folders()
+        store.delete("a/b")
+        store.delete("a/b")  # the service does not say that there was nothing
+        counted = {name: store.counters[name] for name in ("creates", "opens", "lists", "deletes")}
+        assert counted == {"creates": 2, "opens": 2, "lists": 2, "deletes": 2}
+        assert (store.counters["bytes_written"], store.counters["bytes_read"]) == (8, 6)
 
 
 FILES = st.sampled_from(["a", "b", "f/a", "f/b", "f/g/a", "h/a", "f"])
@@ -234,6 +257,13 @@ def test_open_store_of_a_relative_path_stays_put(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "run" / "x").read_bytes() == b"1"
 
 
+def test_a_url_that_lost_a_slash_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="two slashes"):
+        open_store(Path("s3://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_open_store_touches_nothing(tmp_path: Path) -> None:
     store = open_store(tmp_path / "run")
     assert names(store) == []
@@ -248,7 +278,11 @@ def test_memory_stores_are_shared_by_name(shared_name: str) -> None:
     forget("contract/other")
 
 
-@pytest.mark.parametrize("url", ["", "ftp://host/x", "s3://bucket/x", "file://host/x", "file://", "memory://", "a\0b"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "ftp://host/x", "file://host/x", "file://", "memory://", "a\0b", "s3://", "s3:///x", "s3:/b/x", "gs://b/a//b",
+     "az://b/../x", "s3://b/x?region=y", "s3://key:secret@b/x"],
+)  # fmt: skip
 def test_open_store_refuses(url: str) -> None:
     with pytest.raises(ConfigError):
         open_store(url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from distckpt.boxes import Box
 from distckpt.dcp.leaves import dtype_name
 from distckpt.dcp.writer import Staged
 from distckpt.format.shard import Piece
+from distckpt.manager import staging, state_copy
 from distckpt.manager.staging import StagingArena
+from distckpt.storage.direct import address
 
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.complex128, torch.int64, torch.float8_e4m3fn, torch.uint16)
 
@@ -69,6 +72,30 @@ def test_staged_bytes_are_those_of_the_call() -> None:
     assert bytes(arena.stage([], []).image) == b""
 
 
+def test_several_threads_copy_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "copy_threads", lambda: 3)
+    monkeypatch.setattr(staging, "CHUNK", 1)
+    monkeypatch.setattr(state_copy, "CHUNK", 64)
+    check_three_times("cpu")
+
+
+def test_a_large_arena_asks_for_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without transparent huge pages")
+    arena = StagingArena()
+    large = [torch.ones(3 << 20)]
+    image = arena.stage(pieces_of(large), large).image
+    at = address(image)
+    assert at % staging.HUGE_PAGE == 0
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= at < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert "hg" in flags.split()
+
+
 @pytest.mark.gpu
 def test_device_tensors_are_copied_before_stage_returns() -> None:
     arena = check_three_times("cuda")
@@ -105,8 +132,8 @@ def test_host_and_device_tensors_mix_and_a_host_buffer_becomes_pinned() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("background", [True, False])
-def test_three_saves_of_a_model_on_the_device(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("mode", ["lazy", "background", "synchronous"])
+def test_three_saves_of_a_model_on_the_device(tmp_path: Path, mode: str) -> None:
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -115,14 +142,17 @@ def test_three_saves_of_a_model_on_the_device(tmp_path: Path, background: bool) 
     for state in optimizer.state.values():
         state.update({k: v.cuda() for k, v in state.items() if k != "step"})
     wanted = {}
-    with manager(tmp_path, model, optimizer, async_save=background) as m:
+    with manager(tmp_path, model, optimizer, async_save=mode != "synchronous", lazy_staging=mode == "lazy") as m:
         for step in (1, 2, 3):
             wanted[step] = {n: t.cpu() for n, t in snapshot(model, optimizer).items()}
-            failpoints.arm("writer.chunk:0:sleep=0.1")
+            failpoints.arm("writer.chunk:0:sleep=0.1;staging.copy:0:sleep=0.1")
             try:
                 assert m.save(step=step) is not None
                 with torch.no_grad():
-                    for tensor in (*model.parameters(), *model.buffers(), *(s["exp_avg"] for s in optimizer.state.values())):
+                    for buffer in model.buffers():
+                        buffer.add_(1)
+                    m.fence()
+                    for tensor in (*model.parameters(), *(s["exp_avg"] for s in optimizer.state.values())):
                         tensor.add_(1)
                 m.wait()
             finally:

@@ -180,7 +180,8 @@ import builders  # noqa: E402
 import msgspec  # noqa: E402
 
 from distckpt.boxes import Box  # noqa: E402
-from distckpt.dcp.planner import Row, Table, manifest_tensors, merge_tables, pieces_for  # noqa: E402
+from distckpt.dcp.planner import Row, manifest_tensors, pieces_for  # noqa: E402
+from distckpt.dcp.tables import Table, merge_tables  # noqa: E402
 from distckpt.format import dtypes, names, typed_arrays, typed_decode, typed_json, typed_leaves  # noqa: E402
 from distckpt.format.commit import commit  # noqa: E402
 from distckpt.format.digest import block_digests, digest  # noqa: E402

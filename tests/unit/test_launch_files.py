@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +32,33 @@ def python(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[st
 def test_shell_scripts_parse(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_extras_are_installed_together_and_only_when_one_is_new(tmp_path: Path) -> None:
+    """A checkout whose interpreter only notes what it is asked for."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "launch/venv.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    log, python3 = tmp_path / "log", tmp_path / ".venv" / "bin" / "python"
+    python3.write_text(f'#!/bin/bash\n[[ "$*" != *install* ]] || echo "${{@: -1}}" >>{log}\n')
+    python3.chmod(0o755)
+    log.touch()
+    for extras in ("deepspeed,eval", "deepspeed,eval", "eval", "deepspeed", "", "report", "report,eval"):
+        line = f"set -euo pipefail; {f'EXTRAS={extras}; ' if extras else ''}source {tmp_path}/launch/venv.sh"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    assert log.read_text().split() == [".[test,deepspeed,eval]", ".[test,report]", ".[test,report,eval]"]
+
+
+def test_the_constraints_pin_all_that_evaluation_needs() -> None:
+    pytest.importorskip("statsmodels")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines if "==" in line}
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["eval"]
+    for name in (re.split(r"[^\w-]", line)[0] for line in extra):
+        needs = [re.split(r"[^\w.-]", line)[0] for line in metadata.requires(name) or () if "extra ==" not in line]
+        assert {re.sub(r"[-_.]+", "-", need).lower() for need in (name, *needs)} <= pinned, name
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)

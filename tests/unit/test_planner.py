@@ -12,23 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.boxes import Box
-from distckpt.dcp import planner
 from distckpt.dcp.planner import (
     Plan,
     Row,
-    Table,
     check_tiling,
-    decode_table,
-    encode_table,
     gathered,
     manifest_tensors,
-    merge_tables,
-    pieces_digest,
     pieces_for,
     runs,
     split_among_replicas,
 )
+from distckpt.dcp.tables import Table, decode_table, encode_table, merge_tables
 from distckpt.errors import IncompatibleState, ReplicasDiffer
+from distckpt.format import shares
 from distckpt.format.layout import Layout, Mesh, held_boxes
 from distckpt.format.shard import Piece
 from distckpt.format.shard_index import layout_of, mesh_of
@@ -127,13 +123,26 @@ def held_alike(draw: st.DrawFn) -> list[Piece]:
 
 
 @settings(max_examples=200)
-@given(held_alike(), st.integers(1, 7), st.sampled_from([1, 64, 1 << 20]))
-def test_replicas_split_their_boxes_exactly_and_evenly(pieces: list[Piece], count: int, cut_bytes: int) -> None:
+@given(held_alike(), st.integers(1, 7), st.sampled_from([1, 64, 1 << 20]), st.sampled_from([0, 40, 1 << 14]))
+def test_replicas_split_their_boxes_exactly_and_evenly(
+    pieces: list[Piece], count: int, cut_bytes: int, small_bytes: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "CUT_BYTES", cut_bytes)
-        shares = [split_among_replicas(pieces, index, count) for index in range(count)]
+        patch.setattr(shares, "CUT_BYTES", cut_bytes)
+        patch.setattr(shares, "SMALL_BYTES", small_bytes)
+        patch.setattr(shares, "SMALL_TOTAL", 4 * small_bytes)
+        split = [split_among_replicas(pieces, index, count) for index in range(count)]
+        line = shares.line_of([p.box for p in pieces], [SIZES[p.dtype] for p in pieces], count)
+        for i, piece in enumerate(pieces):  # what readers think of who wrote what
+            for first, last in [(0, line.rows[i]), *((r, r + 1) for r in range(line.rows[i]))]:
+                wrote = [
+                    index
+                    for index, share in enumerate(line.share(index) for index in range(count))
+                    if any(j == i and low < last and first < high for j, low, high in share)
+                ]
+                assert line.writers(i, first, last) == wrote or piece.box.numel == 0
     for piece in pieces:
-        found = [p.box for share in shares for p in share if p.fqn == piece.fqn]
+        found = [p.box for share in split for p in share if p.fqn == piece.fqn]
         if piece.box.numel == 0:
             assert found == [piece.box]
             continue
@@ -144,9 +153,9 @@ def test_replicas_split_their_boxes_exactly_and_evenly(pieces: list[Piece], coun
         assert len(set(starts)) == len(starts)
     # A cut is off its place by less than a row of a large box, or by half of a small one.
     rows = [p.box.numel // max(1, p.box.sizes[0]) * SIZES[p.dtype] if p.box.ndim else SIZES[p.dtype] for p in pieces]
-    small = [nbytes([p]) for p in pieces if nbytes([p]) <= cut_bytes]
-    slack = max([*rows, *small, 0]) + 1
-    for share in shares:
+    whole = [nbytes([p]) for p in pieces if nbytes([p]) <= cut_bytes]
+    slack = max([*rows, *whole, line.small, 0]) + 1
+    for share in split:
         assert abs(nbytes(share) - nbytes(pieces) / count) <= 2 * slack
 
 
@@ -156,10 +165,17 @@ def test_one_large_replicated_tensor_is_spread_over_all_ranks() -> None:
 
 
 def test_many_small_replicated_tensors_are_spread_whole() -> None:
-    plan = merge_tables([Table({f"t{i:03}": row((1000,)) for i in range(100)})] * 4)
+    plan = merge_tables([Table({f"t{i:03}": row((20_000,)) for i in range(100)})] * 4)
     by_rank = written(plan)
     assert [len(pieces) for pieces in by_rank] == [25] * 4
-    assert all(p.box == Box.whole((1000,)) for pieces in by_rank for p in pieces)
+    assert all(p.box == Box.whole((20_000,)) for pieces in by_rank for p in pieces)
+
+
+def test_tiny_replicated_tensors_lie_together_and_the_rest_makes_up_for_it() -> None:
+    tensors = {f"step{i:04}": row(()) for i in range(1000)} | {f"w{i}": row((1 << 18, 4)) for i in range(4)}
+    by_rank = written(merge_tables([Table(tensors)] * 4))
+    assert [sum(p.fqn.startswith("step") for p in pieces) for pieces in by_rank] == [1000, 0, 0, 0]
+    assert max(map(nbytes, by_rank)) - min(map(nbytes, by_rank)) <= 3 * 16
 
 
 def test_hsdp_replicas_share_each_shard() -> None:
@@ -321,10 +337,3 @@ def test_runs_spell_ranks_in_their_order(ranks: list[int]) -> None:
     found = runs(ranks)
     assert [r for start, stop in found for r in range(start, stop)] == ranks
     assert all(a[1] != b[0] for a, b in itertools.pairwise(found))
-
-
-def test_the_digest_of_pieces_sees_every_box() -> None:
-    piece = whole_piece("w", (4, 2), "float32")
-    half = Piece("w", "float32", (4, 2), Box((0, 0), (2, 2)))
-    assert pieces_digest([piece]) == pieces_digest([whole_piece("w", (4, 2), "float32")])
-    assert len({pieces_digest(found) for found in ([], [piece], [half], [piece, piece])}) == 4

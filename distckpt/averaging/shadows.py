@@ -1,0 +1,123 @@
+"""The memory of averages: for every part of a weight that this rank holds, a shadow of the same shape and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distckpt.averaging.live import Live
+from distckpt.averaging.updater import Pair, Updater
+from distckpt.boxes import Box
+from distckpt.dcp.leaves import TensorLeaf, dtype_name
+from distckpt.errors import IncompatibleState
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One box of a weight: the live tensor, and of every average its memory and that memory in the live tensor's shape."""
+
+    box: Box
+    live: torch.Tensor
+    memory: tuple[torch.Tensor, ...]
+    views: tuple[torch.Tensor, ...]
+
+
+class Shadows:
+    """Shadows of ``count`` averages in ``dtype`` (wider for wider weights), on ``device`` or where the weights are."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        self.count = count
+        self.dtype = dtype
+        self.device = device
+        self.parts: dict[str, tuple[Part, ...]] = {}
+        self.leaves: Mapping[str, TensorLeaf] = {}
+        self._updater: Updater | None = None
+
+    @torch.no_grad()
+    def fit(self, live: Live) -> None:
+        """Attach to where the weights lie now; the first time shadows begin as copies, later they keep their values.
+
+        Raises ``IncompatibleState`` where a weight is held in other boxes than before.
+        """
+        changed = [name for name in self.parts if _boxes(self.leaves[name]) != _boxes(live.averaged[name])]
+        if changed:
+            raise IncompatibleState(
+                f"the shapes or the sharding of {changed[:5]} have changed since the average was made; make it anew once the "
+                "model is in its final layout, and bring its values over through a checkpoint"
+            )
+        self.parts = {name: self._fit_one(name, leaf) for name, leaf in live.averaged.items()}
+        self.leaves = live.averaged
+        self._updater = None
+
+    def _fit_one(self, name: str, leaf: TensorLeaf) -> tuple[Part, ...]:
+        known = self.parts.get(name)
+        parts = []
+        for number, (box, live) in enumerate(leaf.parts):
+            device = self.device or live.device
+            if known is None:
+                memory = tuple(self._allocate(live, device) for _ in range(self.count))
+            else:
+                memory = tuple(m.to(device) for m in known[number].memory)
+            part = Part(box, live, memory, tuple(_like(m, live) for m in memory))
+            if known is None:
+                for view in part.views:
+                    view.copy_(live)
+            parts.append(part)
+        return tuple(parts)
+
+    def _allocate(self, live: torch.Tensor, device: torch.device) -> torch.Tensor:
+        flat = _flat(live)
+        return torch.empty(flat.shape, dtype=torch.promote_types(self.dtype, _wide(flat.dtype)), device=device)
+
+    def move(self, weights: Sequence[float]) -> None:
+        """Move every shadow towards its weight, in one pass; one number per average, 1 copies."""
+        if self._updater is None:
+            pairs = [Pair(_flat(part.live), part.memory) for parts in self.parts.values() for part in parts]
+            self._updater = Updater(pairs)
+        self._updater.run(weights)
+
+    @torch.no_grad()
+    def copy(self, name: str, average: int) -> None:
+        """Set one shadow of one average to its weight."""
+        for part in self.parts[name]:
+            part.views[average].copy_(part.live)
+
+    def leaf(self, fqn: str, name: str, average: int) -> TensorLeaf:
+        """Return one shadow as the leaf ``fqn``: its weight's global shape and layout, with views of it as parts."""
+        like, parts = self.leaves[name], self.parts[name]
+        dtype = dtype_name(torch.promote_types(self.dtype, _wide(getattr(torch, like.dtype))))
+        return TensorLeaf(fqn, dtype, like.shape, like.layout, tuple((p.box, p.views[average]) for p in parts))
+
+
+def _boxes(leaf: TensorLeaf) -> tuple[object, ...]:
+    return (leaf.shape, leaf.layout, tuple(box for box, _ in leaf.parts))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype that promotes with the shadow's: kinds of 8 bits promote with nothing."""
+    return dtype if dtype.itemsize > 1 else torch.float16
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie in one run of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # strides are kept only if dense
+
+
+def _flat(live: torch.Tensor) -> torch.Tensor:
+    """Return a real view of a weight: 1-D in memory order if it is dense, else of its own shape."""
+    live = live.detach()
+    if _is_dense(live):
+        live = live.as_strided((live.numel(),), (1,))
+        return torch.view_as_real(live).view(-1) if live.is_complex() else live
+    return torch.view_as_real(live) if live.is_complex() else live
+
+
+def _like(memory: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of ``_flat`` on a shadow's memory: the live tensor's shape, and its strides if it is dense."""
+    if live.is_complex():
+        memory = torch.view_as_complex(memory.view(*memory.shape[:-1], -1, 2) if _is_dense(live) else memory)
+    return memory.as_strided(live.shape, live.stride()) if _is_dense(live) else memory

@@ -1,0 +1,43 @@
+"""Averaged weights in the model for a while, and the model's own back, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from distckpt.averaging.live import Live
+from distckpt.averaging.shadows import Shadows
+
+
+class Swap:
+    """A copy of what the model holds now, made before anything is changed; it lies where the shadows do.
+
+    Persistent buffers are kept too: what a forward pass or a recomputation of BatchNorm statistics does to them while
+    averaged weights are in the model is undone with the rest.
+    """
+
+    @torch.no_grad()
+    def __init__(self, shadows: Shadows, live: Live) -> None:
+        self._shadows = shadows
+        self._kept = {
+            name: [part.live.detach().clone().to(shadows.device or part.live.device) for part in parts]
+            for name, parts in shadows.parts.items()
+        }
+        self._buffers = [(buffer, buffer.clone()) for buffer in live.buffers]
+
+    @torch.no_grad()
+    def put(self, average: int | None) -> None:
+        """Write one average into the model, rounded to its dtypes; None leaves the weights, which are their average."""
+        if average is None:
+            return
+        for parts in self._shadows.parts.values():
+            for part in parts:
+                part.live.copy_(part.views[average])
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Write back what was kept, to where the model's tensors lie now."""
+        for name, parts in self._shadows.parts.items():
+            for part, kept in zip(parts, self._kept[name], strict=True):
+                part.live.copy_(kept)
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)

@@ -1,0 +1,205 @@
+"""Post-hoc EMA: what is synthesised from two tracked profiles, against one tracked directly and against ema-pytorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from manager_support import manager
+
+from distckpt import EMAModel, open_checkpoint
+from distckpt.averaging.posthoc import (
+    PostHocEMA,
+    Snapshot,
+    combined,
+    profile_products,
+    snapshots,
+    solve_weights,
+    synthesise,
+)
+from distckpt.averaging.schedules import gamma_of
+from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState
+
+WIDTHS = (0.05, 0.1)
+STEPS, EVERY = 200, 10
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(7, 5)
+        self.norm = torch.nn.BatchNorm1d(5)
+        self.frozen = torch.nn.Linear(5, 7).requires_grad_(False)
+        self.tied = torch.nn.Linear(7, 5, bias=False)
+        self.tied.weight = self.up.weight
+
+
+def walk(model: torch.nn.Module, step: int) -> None:
+    """Take a step of a random walk with a trend; the norm's counter moves too."""
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05 + 0.01)
+        model.norm.num_batches_tracked += 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, dict[str, torch.Tensor]], torch.nn.Module]:
+    """Return a root with snapshots, averages of other widths that were tracked directly, and the model."""
+    root = tmp_path_factory.mktemp("posthoc")
+    model = Net()
+    ema, direct = PostHocEMA(model), PostHocEMA(model, sigma_rel=[0.03, 0.07, 0.15, 0.2], dtype=torch.float64)
+    with manager(root, model, stateful={"ema": ema}, save_total_limit=None) as m:
+        for step in range(1, STEPS + 1):
+            walk(model, step)
+            ema.update()
+            direct.update()
+            if step % EVERY == 0:
+                m.save(step=step)
+    return root, {float(n): v for n, v in direct.state_dict()["shadow"].items()}, model
+
+
+def discrete(count: int, sigma_rel: float) -> Any:
+    """Return the weight of each of STEPS steps in an average over the first ``count``."""
+    out = np.zeros(STEPS)
+    out[:count] = np.diff((np.arange(count + 1) / count) ** (gamma_of(sigma_rel) + 1))
+    return out
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.07, 0.15, 0.2])
+def test_a_synthesised_average_is_the_directly_tracked_one_within_its_fit_error(run: Any, sigma_rel: float) -> None:
+    root, direct, _ = run
+    found, how = synthesise(root, sigma_rel)
+    assert sum(how.weights) == pytest.approx(1.0)
+    assert how.count == STEPS
+    # The weighting of single steps that results, against the one asked for: what the fit error says, it is.
+    got = sum(w * discrete(s.count, s.sigma_rel) for s, w in zip(how.snapshots, how.weights, strict=True))
+    wanted = discrete(STEPS, sigma_rel)
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) == pytest.approx(how.fit_error, rel=0.05)
+    assert how.fit_error < 0.09
+    # An average differs by at most the misplaced weight times how far the weights have ever been apart.
+    for name in ("up.weight", "norm.bias"):
+        spread = STEPS * 0.01 + 0.05 * 5 * STEPS**0.5
+        error = (found[name].double() - direct[sigma_rel][name]).abs().max()
+        assert error <= np.abs(got - wanted).sum() * spread + 1e-5
+        assert error < 0.1
+
+
+@pytest.mark.parametrize("sigma_rel", WIDTHS)
+def test_a_tracked_width_is_given_back_exactly(run: Any, sigma_rel: float) -> None:
+    root, _, _ = run
+    found, how = synthesise(root, sigma_rel)
+    assert how.fit_error < 1e-6
+    stored = open_checkpoint(root).state_dict(f"ema.{sigma_rel}.")
+    assert found.keys() == stored.keys()
+    for name, value in stored.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_only_followed_comes_from_the_newest_and_ties_stay(run: Any) -> None:
+    root, _, model = run
+    found, _ = synthesise(root, 0.07)
+    assert found.keys() == model.state_dict().keys()
+    assert found["norm.num_batches_tracked"] == STEPS
+    assert torch.equal(found["frozen.weight"], model.frozen.weight)
+    assert found["tied.weight"] is found["up.weight"]
+    Net().load_state_dict(found)
+
+
+def test_blocks_are_small_and_make_no_difference(run: Any) -> None:
+    root, _, _ = run
+    found, how = synthesise(root, 0.07)
+    seen: dict[str, int] = {}
+    for fqn, box, values in combined(how, block=3):
+        assert values.numel() <= 3
+        assert torch.equal(found[fqn][box.slices], values)
+        seen[fqn] = seen.get(fqn, 0) + values.numel()
+    assert seen == {n: found[n].numel() for n in ("up.weight", "up.bias", "norm.weight", "norm.bias")}
+
+
+def test_an_earlier_end_uses_no_later_snapshot(run: Any) -> None:
+    root, _, _ = run
+    _, how = synthesise(root, 0.07, step=100)
+    assert max(s.step for s in how.snapshots) == how.count == 100
+    with pytest.raises(ConfigError, match="snapshots are at steps"):
+        synthesise(root, 0.07, step=105)
+
+
+def test_profiles_and_solution_agree_with_ema_pytorch(run: Any) -> None:
+    oracle = pytest.importorskip("ema_pytorch.post_hoc_ema")
+    root, _, _ = run
+    found = snapshots(root)
+    times = torch.tensor([float(s.count) for s in found]).double()
+    gammas = torch.tensor([oracle.sigma_rel_to_gamma(s.sigma_rel) for s in found]).double()
+    assert gammas.tolist() == pytest.approx([gamma_of(s.sigma_rel) for s in found])
+    for sigma_rel in (0.03, 0.07, 0.15):
+        target = torch.tensor([oracle.sigma_rel_to_gamma(sigma_rel)]).double()
+        end = torch.tensor([float(STEPS)]).double()
+        theirs = oracle.solve_weights(times, gammas, end, target).flatten().numpy()
+        ours = np.array(solve_weights(found, sigma_rel).weights)
+        # Nearly singular: other weights may make the same profile. Theirs need not sum to 1, so ours may fit a bit less.
+        products = profile_products(times.numpy()[:, None], gammas.numpy()[:, None], times.numpy(), gammas.numpy())
+        apart = np.sqrt((ours - theirs) @ products @ (ours - theirs))
+        assert apart / np.sqrt(float(oracle.p_dot_p(end, target, end, target))) < 0.01
+        assert ours.sum() == pytest.approx(1)
+
+
+def test_tracking_agrees_with_ema_pytorch() -> None:
+    oracle = pytest.importorskip("ema_pytorch.post_hoc_ema")
+    model = Net()
+    ema = PostHocEMA(model, sigma_rel=[0.1])
+    theirs = oracle.KarrasEMA(model, sigma_rel=0.1, update_every=1)
+    for step in range(1, 30):
+        walk(model, step)
+        ema.update()
+        if step == 1:
+            ema.update()  # theirs counts the weights that it starts from as a step of their own
+        theirs.update()
+    for name, value in ema.state_dict()["shadow"]["0.1"].items():
+        torch.testing.assert_close(value, theirs.ema_model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_snapshots_of_seldom_moved_averages_count_what_is_in_them(tmp_path: Path) -> None:
+    model = Net()
+    ema = PostHocEMA(model, every=4)
+    with manager(tmp_path, model, stateful={"ema": ema}, save_total_limit=None) as m:
+        for step in range(1, 12):
+            walk(model, step)
+            ema.update()
+            if step in (2, 7, 11):
+                m.save(step=step)
+    assert [(s.step, s.count, s.sigma_rel) for s in snapshots(tmp_path)] == [
+        (7, 4, 0.05), (7, 4, 0.1), (11, 8, 0.05), (11, 8, 0.1)]  # fmt: skip
+
+
+def test_what_has_no_snapshots_says_so(tmp_path: Path) -> None:
+    model = Net()
+    ema = EMAModel(model)
+    with manager(tmp_path, model, stateful={"ema": ema}) as m:
+        ema.update()
+        m.save(step=1)
+    with pytest.raises(CheckpointNotFound, match="PostHocEMA"):
+        snapshots(tmp_path)
+    with pytest.raises(ConfigError, match="sigma_rel"):
+        PostHocEMA(model, sigma_rel=[0.5])
+    with pytest.raises(ConfigError):
+        solve_weights([Snapshot("", 1, "ema.0.05.", 0.05, 1)], 0.4)
+
+
+def test_snapshots_of_different_models_are_refused(tmp_path: Path) -> None:
+    found = []
+    for step, width in ((1, 3), (2, 4)):
+        root = tmp_path / str(width)
+        model = torch.nn.Linear(width, 2)
+        ema = PostHocEMA(model)
+        with manager(root, model, stateful={"ema": ema}) as m:
+            for _ in range(step):
+                ema.update()
+            m.save(step=step)
+        found += snapshots(root)
+    with pytest.raises(IncompatibleState, match=r"weight has shape \[2, 3\]"):
+        list(combined(solve_weights(found, 0.07)))

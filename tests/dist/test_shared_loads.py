@@ -1,0 +1,188 @@
+"""Replicated loads: each byte is read once per group of ranks that want it, whatever happens on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_models import build as build_layout
+from layout_models import make_state, same_bits
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distckpt import CheckpointConfig, CheckpointManager
+from distckpt.boxes import Box
+from distckpt.dcp import read_plan, share
+from distckpt.dcp.read_plan import Request, Run
+from distckpt.errors import CorruptCheckpoint, StoreError
+from distckpt.format.shard import StoredBox
+from distckpt.storage import posix_reader
+
+WIDTH = 200
+
+
+def build(rank: int, fill: float) -> tuple[Any, torch.optim.Optimizer]:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8)), nn.Linear(WIDTH, 3), nn.LayerNorm(3))
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) * fill * 1e-6 + index)
+    return DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def manager(root: Path, model: Any, optimizer: Any, mode: str) -> CheckpointManager:
+    config = CheckpointConfig(root, preemption_signals=(), control_file=None, verbose=False, threads=2, share_loads=mode,
+                              timeout_s=30.0, save_total_limit=None, max_consecutive_failures=0)
+    return CheckpointManager(config, model=model, optimizer=optimizer)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(2, WIDTH)).square().mean().backward()
+    optimizer.step()
+
+
+def save(rank: int, root: Path) -> None:
+    model, optimizer = build(rank, 1.0)
+    with manager(root, model, optimizer, "never") as m:
+        for step in (1, 2):
+            train(model, optimizer)
+            m.save(step=step)
+
+
+def load(rank: int, root: Path, mode: str, turn: int, which: int | str = 2, pays: bool | None = None) -> dict[str, Any]:
+    share.TURN, read_plan.SPAN = turn, 64 << 10  # a tensor a request
+    if pays is not None:
+        share.LEAST_BYTES = 0
+        share.sharing_pays = lambda members, rates: pays  # type: ignore[assignment]
+    model, optimizer = build(rank, 0.0)
+    with manager(root, model, optimizer, mode) as m:
+        report = m.load(which, load_rng_state=False)
+    state = {"model": model.module.state_dict(), "optim": optimizer.state_dict()["state"]}
+    return {"read": report.read_bytes, "state": state, "step": report.step, "fallbacks": report.fallbacks}
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return same_bits(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shared")
+    run_ranks(3, save, root)
+    return root
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("turn", [64 << 10, 8 << 20])
+def test_each_byte_is_read_once_per_job(saved: Path, world: int, turn: int) -> None:
+    alone = run_ranks(world, load, saved, "never", turn)
+    shared = run_ranks(world, load, saved, "always", turn)
+    assert sum(r["read"] for r in shared) == alone[0]["read"]
+    assert sum(r["read"] for r in alone) == world * alone[0]["read"]
+    assert all(r["read"] < alone[0]["read"] for r in shared)
+    assert all(equal(r["state"], alone[0]["state"]) for r in (*alone, *shared))
+
+
+def test_a_link_that_does_not_pay_ends_the_sharing(saved: Path) -> None:
+    alone = run_ranks(2, load, saved, "never", 64 << 10)
+    turned = run_ranks(2, load, saved, "auto", 64 << 10, 2, False)
+    went_on = run_ranks(2, load, saved, "auto", 64 << 10, 2, True)
+    assert alone[0]["read"] < sum(r["read"] for r in turned) < 2 * alone[0]["read"]
+    assert sum(r["read"] for r in went_on) == alone[0]["read"]
+    assert all(equal(r["state"], alone[0]["state"]) for r in (*turned, *went_on))
+
+
+def load_hsdp(rank: int, root: Path, mode: str) -> int:
+    model, optimizer = build_layout("hsdp", rank, 4)
+    make_state(optimizer)
+    with manager(root, model, optimizer, mode) as m:
+        if mode == "never":
+            m.save(step=1)
+        return m.load(1, load_rng_state=False, prove=True).read_bytes
+
+
+def test_replicas_of_a_shard_share_it(tmp_path: Path) -> None:
+    alone = run_ranks(4, load_hsdp, tmp_path, "never")
+    shared = run_ranks(4, load_hsdp, tmp_path, "always")
+    assert 2 * sum(shared) == sum(alone)
+
+
+def flip_in_step_2(root: Path) -> Path:
+    shard = max(root.glob("step-0000000002/*/*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-WIDTH * 8] ^= 1
+    shard.write_bytes(data)
+    return shard
+
+
+def resume(rank: int, root: Path) -> Any:
+    share.TURN, read_plan.SPAN = 64 << 10, 64 << 10
+    model, optimizer = build(rank, 0.0)
+    with manager(root, model, optimizer, "always") as m:
+        with pytest.raises(CorruptCheckpoint, match="do not match their digest"):
+            m.load(2, load_rng_state=False)
+        return m.resume()
+
+
+def test_damage_is_found_by_all_and_the_older_one_is_shared_too(tmp_path: Path) -> None:
+    run_ranks(3, save, tmp_path)
+    flip_in_step_2(tmp_path)
+    for report in run_ranks(3, resume, tmp_path):
+        assert report.step == 1
+        assert "do not match their digest" in report.fallbacks[0]
+
+
+def load_with_a_broken_disk(rank: int, root: Path) -> str:
+    if rank == 1:
+        posix_reader.read_direct = broken  # type: ignore[assignment]
+        posix_reader.read_all = broken  # type: ignore[assignment]
+        posix_reader.read_resident = lambda *args: False  # type: ignore[assignment]
+    with pytest.raises(CorruptCheckpoint) as caught:
+        load(rank, root, "always", 64 << 10)
+    return str(caught.value)
+
+
+def broken(*args: Any) -> int:
+    raise StoreError(5, "Input/output error", "disk of rank 1")
+
+
+def test_a_rank_that_cannot_read_is_an_error_of_all(saved: Path) -> None:
+    for text in run_ranks(2, load_with_a_broken_disk, saved):
+        assert "rank 1" in text
+        assert "Input/output error" in text
+
+
+def requests(sizes: list[int]) -> list[Request]:
+    stored = StoredBox("w", "w", "uint8", (1,), Box((0,), (1,)), 0, 1, ("0" * 32,))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [Request(0, [Run(stored, [], 0, 1, start, size, 1)]) for start, size in zip(starts, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 5, 8])
+def test_requests_are_dealt_out_once_and_evenly(members: int) -> None:
+    every = requests([(i * 37) % 11 * 1000 + 1 for i in range(200)])
+    shares = share.deal(every, members)
+    assert [r for s in shares for r in s] == every
+    sizes = [share.size_of(s) for s in shares]
+    assert max(sizes) - min(sizes) <= 2 * 11_000
+
+
+def test_groups_are_ranks_that_want_the_same() -> None:
+    offers = [("a", 10), ("b", 10), ("a", 10), ("c", 10), ("d", 1), ("d", 1)]
+    assert share.groups_of(offers, 5) == [[0, 2]]
+    assert share.groups_of(offers, 0) == [[0, 2], [4, 5]]
+    assert share.groups_of([("a", 0), ("a", 0)], 0) == []
+
+
+@pytest.mark.parametrize(("members", "store", "link", "pays"), [
+    (8, 5.0, 20.0, True),     # one slow file system, a fast network
+    (8, 40.0, 1.0, False),    # local NVMe or page cache, a slow network
+    (2, 1.5, 1.0, True),
+    (2, 1.5, 0.7, False),
+])  # fmt: skip
+def test_sharing_pays_where_the_link_is_fast_for_the_store(members: int, store: float, link: float, pays: bool) -> None:
+    assert share.sharing_pays(members, share.Rates(store, link)) is pays

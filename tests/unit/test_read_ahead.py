@@ -1,0 +1,90 @@
+"""Ranges that are known beforehand are fetched together, each byte right, whoever asks in whatever order."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distckpt.format import read_ahead
+from distckpt.format.read_ahead import ReadAhead
+from distckpt.storage import MemoryStore
+
+KIB = 1 << 10
+
+
+def store_of(sizes: dict[str, int]) -> MemoryStore:
+    store = MemoryStore()
+    for name, size in sizes.items():
+        store.create(name, random.Random(name).randbytes(size))
+    return store
+
+
+def fetch(reader: ReadAhead | MemoryStore, name: str, start: int, nbytes: int) -> bytes:
+    target = bytearray(nbytes)
+    reader.read_into(name, start, memoryview(target))
+    return bytes(target)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 60), st.integers(0, 30)), max_size=20),
+    others=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60), st.integers(0, 30)), max_size=6),
+    order=st.randoms(use_true_random=False),
+)
+def test_every_byte_is_right_in_any_order_and_beside_the_plan(
+    ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]], order: random.Random
+) -> None:
+    store = store_of({"a": 100 * KIB, "b": 100 * KIB, "c": 100 * KIB})
+    extents = [(name, start * KIB, nbytes * KIB) for name, start, nbytes in ranges]
+    asked = [*extents, *extents[:3], *((name, start * KIB + 5, nbytes * KIB) for name, start, nbytes in others)]
+    order.shuffle(asked)
+    with ReadAhead(store, extents) as reader:
+        for name, start, nbytes in asked:
+            assert fetch(reader, name, start, nbytes) == store.read(name, start, nbytes)
+
+
+def test_small_ranges_are_joined_and_far_or_large_ones_are_not() -> None:
+    store = store_of({"a": 40 << 20})
+    gap, request = read_ahead.GAP, read_ahead.REQUEST
+    extents = [("a", i * KIB, KIB) for i in range(1000)]  # one request
+    extents += [("a", 1000 * KIB + gap, 10)]  # joined over the gap
+    extents += [("a", 1010 * KIB + 2 * gap + 11, 10)]  # one more
+    extents += [("a", 10 << 20, request)]  # passed on
+    with ReadAhead(store, extents) as reader:
+        for extent in extents:
+            fetch(reader, *extent)
+    assert store.counters["opens"] == 3
+    assert store.counters["bytes_read"] == 1000 * KIB + gap + 10 + 10 + request
+
+
+def test_memory_is_bounded_and_given_back() -> None:
+    store = store_of({str(i): 1 << 20 for i in range(40)})
+    extents = [(str(i), start * 16 * KIB, 16 * KIB) for start in range(64) for i in range(40)]
+    with ReadAhead(store, extents) as reader:
+        for extent in extents:
+            fetch(reader, *extent)
+        assert all(span.content is None for spans in reader._spans.values() for span in spans)
+    assert store.counters["opens"] == 40
+
+
+def test_threads_share_what_was_fetched() -> None:
+    store = store_of({"a": 4 << 20})
+    extents = [("a", i * KIB, KIB) for i in range(4096)]
+    with ReadAhead(store, extents) as reader:
+        wrong: list[int] = []
+
+        def run(first: int) -> None:
+            for name, start, nbytes in extents[first::4]:
+                if fetch(reader, name, start, nbytes) != store._content(name)[start : start + nbytes]:
+                    wrong.append(start)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert not wrong
+    assert store.counters["opens"] == 1
