@@ -20,7 +20,7 @@ from benchmarks.limits import drop_caches, warm_caches
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
 from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle
-from benchmarks.shapes import CHANGING, COLUMNS, FLAT, ROWS, Workload, workloads
+from benchmarks.shapes import CHANGING, COLUMNS, FLAT, ROWS, Workload, make_workload
 
 SLOTS = {
     "ema": "benchmarks.ema",
@@ -158,7 +158,7 @@ class Pass:
 def state(workload: str, world: int, savers: Sequence[str], *, background: Sequence[str] = (), warm: bool = True,
           bench: Bench) -> None:  # fmt: skip
     """Save, load cold and warm, and save in the background."""
-    load = workloads(bench.settings.nbytes)[workload]
+    load = make_workload(workload, bench.settings.nbytes)
     with folder_for(bench, f"{workload}-{world}") as root:
         here = Pass(bench, load, world, root)
         here.saves(savers)
@@ -170,7 +170,7 @@ def state(workload: str, world: int, savers: Sequence[str], *, background: Seque
 def checksums(bench: Bench) -> None:
     """Save and load with and without digests, in turn."""
     with folder_for(bench, "checksums") as root:
-        here = Pass(bench, _named(workloads(bench.settings.nbytes)["llama8b"], "checksums"), 1, root)
+        here = Pass(bench, _named(make_workload("llama8b", bench.settings.nbytes), "checksums"), 1, root)
         peers = ("distckpt", "distckpt-no-checksums")
         here.saves(peers)
         here.loads(peers, warm=False)
@@ -193,7 +193,7 @@ PAIRS = (
 
 def reshard(bench: Bench) -> None:
     """Load the same bytes into the same layout, once from that layout and once from another, in turn."""
-    base = workloads(bench.settings.nbytes)["llama8b"]
+    base = make_workload("llama8b", bench.settings.nbytes)
     peers = ("distckpt", "dcp-threads")
     for title, (source_world, source), (world, target) in PAIRS:
         with folder_for(bench, "reshard") as root:
@@ -227,7 +227,7 @@ def _in_turn(bench: Bench, same: Pass, arrived: Pass, failed: set[str]) -> None:
 
 def incremental(bench: Bench) -> None:
     """Save a frozen model with adapters, train the adapters, save again: bytes written the second time."""
-    workload = workloads(bench.settings.nbytes)["lora"]
+    workload = make_workload("lora", bench.settings.nbytes)
     with folder_for(bench, "lora") as root:
         here = Pass(bench, workload, 1, root)
         for peer in bench.usable(("distckpt-incremental", "distckpt", "dcp-threads"), here.writer()):
@@ -254,7 +254,7 @@ def _kept(here: Pass, peer: str, changed: int = 0) -> Row:
 
 def resumed(bench: Bench) -> None:
     """In fresh processes: load, then the first save, then a steady one."""
-    workload = _named(workloads(bench.settings.nbytes)["llama8b"], "resume")
+    workload = _named(make_workload("llama8b", bench.settings.nbytes), "resume")
     with folder_for(bench, "resume") as root:
         here = Pass(bench, workload, 2, root)
         for peer in bench.usable(("distckpt", "dcp-threads", "torch_checkpointing"), here.writer()):

@@ -91,8 +91,9 @@ class Pool:
                     replies[rank] = ("died", self._died(rank))
                 if replies[rank][0] != "value":
                     end = min(end, time.monotonic() + GRACE_S)
+        failed = any(kind != "value" for kind, _ in replies.values())
         for rank in waiting.values():
-            replies[rank] = ("hangs", f"no answer within {timeout_s:.0f} s")
+            replies[rank] = ("hangs", "waits for it" if failed else f"no answer within {timeout_s:.0f} s")
         kinds = {kind for kind, _ in replies.values()}
         if kinds == {"value"}:
             return [replies[rank][1] for rank in range(self.world)]

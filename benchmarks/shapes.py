@@ -9,8 +9,10 @@ precision Adam: a bf16 weight, fp32 master, exp_avg and exp_avg_sq, 14 bytes a p
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -105,14 +107,15 @@ def trained(shapes: Shapes) -> Iterator[TensorSpec]:
 def scaled(build: Callable[[int], Sequence[TensorSpec]], nbytes: int, *, step: int = 16) -> tuple[TensorSpec, ...]:
     """Return ``build(width)`` of the multiple of ``step`` whose bytes come closest to ``nbytes``; at least one step."""
 
-    def size(width: int) -> int:
-        return sum(spec.nbytes for spec in build(width))
+    def size(steps: int) -> int:
+        return sum(spec.nbytes for spec in build(steps * step))
 
-    width = step
-    while size(width + step) <= nbytes:
-        width += step
-    nearer = min((width, width + step), key=lambda w: abs(size(w) - nbytes))
-    return tuple(build(nearer))
+    high = 1
+    while size(high) < nbytes:
+        high *= 2
+    above = bisect_left(range(high + 1), nbytes, lo=1, key=size)
+    nearest = min((max(1, above - 1), above), key=lambda steps: abs(size(steps) - nbytes))
+    return tuple(build(nearest * step))
 
 
 # ---------------------------------------------------------------------- workloads
@@ -166,11 +169,21 @@ def lora(nbytes: int, rank: int = 2) -> Workload:
 CHANGING = "lora_"
 
 
-def workloads(nbytes: int) -> dict[str, Workload]:
-    """Return every workload at about this many bytes, by name."""
-    found = [llama(name, nbytes) for name in LLAMAS]
-    eight = found[0]
-    found += [small(nbytes), one_big(nbytes), lora(nbytes)]
-    found.append(replace(eight.placed(REPLICATED), name="replicated", title="llama8b, whole on every rank (DDP, HSDP)"))
-    found.append(replace(eight.placed(FLAT), name="zero-flat", title="llama8b as flat partitions (ZeRO)"))
-    return {workload.name: workload for workload in found}
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    **{name: partial(llama, name) for name in LLAMAS},
+    "small": small,
+    "one-big": one_big,
+    "lora": lora,
+    "replicated": lambda nbytes: replace(
+        llama("llama8b", nbytes, REPLICATED), name="replicated", title="llama8b, whole on every rank (DDP, HSDP)"
+    ),
+    "zero-flat": lambda nbytes: replace(
+        llama("llama8b", nbytes, FLAT), name="zero-flat", title="llama8b as flat partitions (ZeRO)"
+    ),
+}
+
+
+@lru_cache(maxsize=8)
+def make_workload(name: str, nbytes: int) -> Workload:
+    """Return a workload at about this many bytes; ``KeyError`` for a name that is not in ``WORKLOADS``."""
+    return WORKLOADS[name](nbytes)

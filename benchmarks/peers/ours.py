@@ -84,6 +84,8 @@ class Ours(Peer):
     name = "distckpt"
     package = "distckpt"
     settings: ClassVar[Mapping[str, Any]] = {}
+    in_background: ClassVar[bool] = False
+    """Whether the settings are of background saves alone."""
 
     def __init__(self) -> None:
         unknown = set(self.settings) - {field.name for field in fields(CheckpointConfig)}
@@ -101,7 +103,7 @@ class Ours(Peer):
         """Return a manager over the live state: a training job's, which has its own, or the module made here."""
         config = CheckpointConfig(
             root / self.name, async_save=background, save_total_limit=None, preemption_signals=(), control_file=None,
-            verbose=False, max_consecutive_failures=0, **self.settings,
+            verbose=False, max_consecutive_failures=0, **(self.settings if background or not self.in_background else {}),
         )  # fmt: skip
         model, optimizer = getattr(live, "model", None), getattr(live, "optimizer", None)
         if model is not None:
@@ -170,6 +172,7 @@ class Lazy(Ours):
 
     name = "distckpt-lazy"
     settings: ClassVar[Mapping[str, Any]] = {"lazy_staging": True}
+    in_background = True
 
 
 class Incremental(Ours):
