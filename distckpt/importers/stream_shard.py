@@ -72,14 +72,15 @@ def write_pieces(
     progress: Progress = lambda nbytes: None,
     stopped: Callable[[], str | None] = lambda: None,
 ) -> WrittenShard:
-    """Write a planned shard durably from pieces whose bytes are made on demand, ``request`` (at most 8 MiB) at a time.
+    """Write a planned shard durably from pieces whose bytes are made on demand, ``request`` (at most 7 MiB) at a time.
 
-    Memory: ``threads`` buffers of that size, reused. ``stopped`` is asked before every request: a text means that a peer
-    has failed, and ends the writing with ``AgreementError``. A store that takes only rising offsets has everything made
-    twice: the header, which has the digests, comes first.
+    Memory: ``threads`` buffers of 8 MiB, reused, as far as they are filled. ``stopped`` is asked before every request:
+    a text means that a peer has failed, and ends the writing with ``AgreementError``. A store that takes only rising
+    offsets has everything made twice: the header, which has the digests, comes first.
     """
     found = [[""] * digests.block_count(nbytes, plan.block) for nbytes in plan.nbytes]
-    requests = list(_requests(plan, request))
+    room = (POOL.nbytes - ALIGNMENT) // plan.block * plan.block  # a request may begin anywhere in a page
+    requests = list(_requests(plan, min(request, room)))
     writer = store.open_writer(name, plan.size)
 
     def work(parts: list[_Part], *, hashing: bool, writing: bool) -> None:

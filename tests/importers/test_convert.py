@@ -92,6 +92,14 @@ def test_a_state_dict(tmp_path: Path, zip_format: bool) -> None:
     assert str(tmp_path) not in json.dumps(found.provenance)
 
 
+def test_large_tensors_that_begin_within_a_page(tmp_path: Path) -> None:
+    """A request fills its buffer to the end, wherever in a page of the file it begins."""
+    state = {"odd": torch.arange(1025, dtype=torch.float32), "large": torch.arange(5 << 20).float()}
+    torch.save(state, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "out")
+    same(open_checkpoint(tmp_path / "out").state_dict(), state)
+
+
 def test_a_nested_file_with_a_numbered_optimizer(tmp_path: Path) -> None:
     net, optimizer = trained()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
