@@ -27,8 +27,8 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     console.print(f"storage operations by ranks: {found['storage']}")
     console.print(
         f"{ours['ranks']} ranks x 1,000 tensors: coordinator {ours['coordinator_s']:.2f} s CPU (DCP, extrapolated: "
-        f"{far['coordinator_s']:.0f} s, {far['coordinator_without_gc_s']:.0f} s with gc off), metadata {ours['manifest']['bytes'] / MB:.1f} MB (DCP, extrapolated: "
-        f"{far['metadata_bytes'] / MB:.0f} MB)"
+        f"{far['coordinator_s']:.0f} s, {far['coordinator_without_gc_s']:.0f} s with gc off), metadata "
+        f"{ours['manifest']['bytes'] / MB:.1f} MB (DCP, extrapolated: {far['metadata_bytes'] / MB:.0f} MB)"
     )
 
 

@@ -78,7 +78,7 @@ def test_simulated_and_real_ranks_count_the_same(name: str, world: int) -> None:
 def resume_and_save(rank: int, kind: str, world: int, root: Path, step: int) -> dict[str, Any]:
     """Load what is there, then save twice; returns what was opened and what the plans of the two saves exchanged."""
     model, optimizer = build(kind, rank, world)
-    make_state(model, optimizer)
+    make_state(optimizer)
     with manager(root, model, optimizer) as m:
         report = m.resume()
         counts = []

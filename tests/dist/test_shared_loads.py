@@ -82,7 +82,7 @@ def test_each_byte_is_read_once_per_job(saved: Path, world: int, turn: int) -> N
     alone = run_ranks(world, load, saved, "never", turn)
     shared = run_ranks(world, load, saved, "always", turn)
     assert sum(r["read"] for r in shared) == alone[0]["read"]
-    assert sum(r["read"] for r in alone) == world * alone[0]["read"]
+    assert all(0.9 * alone[0]["read"] < r["read"] <= alone[0]["read"] for r in alone)  # rank 0 reads the small ones for all
     assert all(r["read"] < alone[0]["read"] for r in shared)
     assert all(equal(r["state"], alone[0]["state"]) for r in (*alone, *shared))
 
@@ -108,7 +108,8 @@ def load_hsdp(rank: int, root: Path, mode: str) -> int:
 def test_replicas_of_a_shard_share_it(tmp_path: Path) -> None:
     alone = run_ranks(4, load_hsdp, tmp_path, "never")
     shared = run_ranks(4, load_hsdp, tmp_path, "always")
-    assert 2 * sum(shared) == sum(alone)
+    assert alone[2] > 0 < alone[3]
+    assert sum(shared) == alone[0] + alone[1]  # ranks 0 and 2 hold the same shards, and 1 and 3
 
 
 def flip_in_step_2(root: Path) -> Path:
