@@ -21,6 +21,7 @@ from distckpt.errors import IncompatibleState, ShardError, StoreError
 from distckpt.format import digest as digests
 from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
+from distckpt.format.runs import HINT
 from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 from distckpt.storage.base import Store
@@ -52,10 +53,11 @@ class ReadStats:
 
 @dataclass(frozen=True, slots=True)
 class _BlockRead:
-    """One block of a stored box and what of it goes where. ``start`` is the file offset; ``first`` the element."""
+    """One block of a stored box and what of it goes where. ``start`` is the offset in the file; ``first`` the element."""
 
     stored: StoredBox
     rank: int
+    path: str
     start: int
     nbytes: int
     digest: str
@@ -90,10 +92,10 @@ class CheckpointReader:
         Differences end up in ``stats.mismatches`` as texts that name FQN and box. Raises ``ShardError`` for
         damage (file, tensor, rank named) and ``IncompatibleState`` where the checkpoint lacks a part of a want.
         """
-        by_shard: dict[int, list[_BlockRead]] = defaultdict(list)
+        by_file: dict[tuple[int, str], list[_BlockRead]] = defaultdict(list)
         for block in self._plan(wants):
-            by_shard[block.rank].append(block)
-        requests = [(shard, group) for shard, blocks in sorted(by_shard.items()) for group in _coalesce(blocks)]
+            by_file[block.rank, block.path].append(block)
+        requests = [(shard, group) for (shard, _), blocks in sorted(by_file.items()) for group in _coalesce(blocks)]
 
         def run(request: tuple[int, list[_BlockRead]]) -> None:
             nbytes = self._request(*request, compare=compare)
@@ -105,7 +107,7 @@ class CheckpointReader:
 
     def _plan(self, wants: Sequence[Want]) -> Iterator[_BlockRead]:
         """Yield every block that holds a wanted element, once, with all the wants that it serves."""
-        by_block: dict[tuple[int, int, int], tuple[StoredBox, list[Want]]] = {}
+        by_block: dict[tuple[int, str, int], tuple[StoredBox, list[Want]]] = {}
         for want in wants:
             if tuple(want.target.shape) != want.box.sizes:
                 raise IncompatibleState(
@@ -121,22 +123,23 @@ class CheckpointReader:
                 covered += common.numel
                 block = self.index.header(shard).block
                 for number in _touched_blocks(stored, common, block):
-                    by_block.setdefault((shard, stored.start, number), (stored, []))[1].append(want)
+                    by_block.setdefault((shard, stored.key, number), (stored, []))[1].append(want)
             if covered != want.box.numel:
                 raise IncompatibleState(
                     f"{want.fqn}: checkpoint at {self.folder} holds {covered} of the {want.box.numel} elements of box "
                     f"{want.box.offsets}+{want.box.sizes}"
                 )
-        for (shard, start, number), (stored, served) in by_block.items():
+        for (shard, _, number), (stored, served) in by_block.items():
             block = self.index.header(shard).block
+            path, start = self.index.place(shard, stored, number)
             nbytes = min(block, stored.nbytes - number * block)
             first = number * block // itemsize(stored.dtype)
-            yield _BlockRead(
-                stored, shard, start + number * block, nbytes, stored.digests[number], first, tuple(served)
-            )
+            yield _BlockRead(stored, shard, path, start, nbytes, stored.digests[number], first, tuple(served))
 
     def _request(self, shard: int, blocks: list[_BlockRead], *, compare: bool) -> int:
-        path = self.index.path(shard)
+        path, asked = blocks[0].path, ""
+        if path != self.index.path(shard):
+            asked = f"; {self.index.path(shard)} refers to it. If it is not there, {HINT}"
         start, stop = blocks[0].start, blocks[-1].start + blocks[-1].nbytes
         direct = None if compare else _direct_target(blocks, stop - start)
         buffer = direct if direct is not None else memoryview(bytearray(stop - start))
@@ -144,7 +147,7 @@ class CheckpointReader:
             self.store.read_into(path, start, buffer)
         except StoreError as error:
             raise ShardError(
-                f"{path}: bytes {start}..{stop} of rank {shard}'s shard cannot be read: {error}"
+                f"{path}: bytes {start}..{stop} of rank {shard}'s shard cannot be read: {error}{asked}"
             ) from error
         with self._lock:
             self.stats.read_bytes += stop - start
@@ -154,7 +157,7 @@ class CheckpointReader:
             if digests.digest(data) != block.digest:
                 raise ShardError(
                     f"{path}: bytes {block.start}..{block.start + block.nbytes} of {block.stored.fqn} (written by rank "
-                    f"{shard}) do not match their digest; the file is damaged: fall back to an older checkpoint"
+                    f"{shard}) do not match their digest; the file is damaged: fall back to an older checkpoint{asked}"
                 )
             if direct is None:
                 self._scatter(block, data, compare)
@@ -253,6 +256,9 @@ def _direct_target(blocks: list[_BlockRead], nbytes: int) -> memoryview | None:
     stored = first.stored
     if len(first.wants) != 1 or any(b.stored is not stored or b.wants != first.wants for b in blocks[1:]):
         return None
+    size = itemsize(stored.dtype)
+    if any(b.start - first.start != (b.first - first.first) * size for b in blocks[1:]):
+        return None  # neighbours in the file, but not in the box
     want = first.wants[0]
     target = want.target
     if target.device.type != "cpu" or not target.is_contiguous() or target.dtype != torch_dtype(stored.dtype):
@@ -261,7 +267,6 @@ def _direct_target(blocks: list[_BlockRead], nbytes: int) -> memoryview | None:
     assert common is not None
     source = is_flat_range(common.relative_to(stored.box.offsets), stored.box.sizes)
     place = is_flat_range(common.relative_to(want.box.offsets), want.box.sizes)
-    size = itemsize(stored.dtype)
     if source is None or place is None or first.first < source[0] or first.first + nbytes // size > source[1]:
         return None
     begin = (place[0] + first.first - source[0]) * size

@@ -13,9 +13,10 @@ import msgspec
 
 from distckpt.errors import ManifestError, UnserializableState
 from distckpt.format.digest import digest
-from distckpt.format.limits import VERSION, Count, check_version
+from distckpt.format.limits import REUSING, VERSION, Count, check_version
 from distckpt.format.manifest_checks import check_manifest
 from distckpt.format.plain_json import canonical, strict_loads
+from distckpt.format.runs import FileRef
 
 FORMAT: Final = "distckpt"
 MAX_MANIFEST: Final = 256 << 20
@@ -56,11 +57,26 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     header: str
 
 
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard of an earlier checkpoint that holds ``used`` bytes of this one; its path is from the root."""
+
+    path: str
+    size: Count
+    header: str
+    used: Count
+
+    @property
+    def file(self) -> FileRef:
+        """The file as a shard's header names it."""
+        return FileRef(self.path, self.size, self.header)
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one checkpoint but its tensors' bytes; O(tensors + shards).
 
     ``objects`` are replicated ones as typed JSON, ``per_rank`` the names of those that stand in each shard's
     header; ``shards[i]`` is rank i's. ``aliases`` maps the further names of a tied tensor to the stored one.
+    ``reused`` are the files of earlier checkpoints that its shards refer to; unset where they refer to none.
     """
 
     step: Count
@@ -82,8 +98,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     software: dict[str, str]
     shards: list[ShardEntry]
     signature: str | None = None
+    reused: list[Reference] | msgspec.UnsetType = msgspec.UNSET
     version: tuple[int, int] = VERSION
     format: str = FORMAT
+
+    @property
+    def references(self) -> list[Reference]:
+        """The files of earlier checkpoints that hold a part of this one."""
+        return [] if isinstance(self.reused, msgspec.UnsetType) else self.reused
+
+    def referring(self, references: list[Reference]) -> Manifest:
+        """Return the manifest with these references, and the version that they need."""
+        if not references:
+            return msgspec.structs.replace(self, reused=msgspec.UNSET, version=VERSION)
+        return msgspec.structs.replace(self, reused=references, version=REUSING)
 
 
 # msgspec 0.22 looks into a type at its first use, and crashes (SIGSEGV) when two threads do so at once.

@@ -23,7 +23,8 @@ from distckpt.format.limits import (
     shape_problem,
     shown,
 )
-from distckpt.format.names import check_relative_path, parse_attempt_name, parse_shard_name
+from distckpt.format.names import check_relative_path, parse_attempt_name, parse_shard_name, step_folder
+from distckpt.format.runs import MAX_FILES, reference_problem
 
 if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
@@ -42,6 +43,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         or _tensor_problem(manifest)
         or _alias_problem(manifest)
         or _object_problem(manifest)
+        or _reference_problem(manifest)
     )
     if problem is not None:
         raise ManifestError(f"{where}: {problem}; the manifest is damaged or hostile")
@@ -181,6 +183,31 @@ def _object_problem(manifest: Manifest) -> str | None:
         if name in seen:
             return f"$.per_rank has {shown(name)} twice"
         seen.add(name)
+    return None
+
+
+def _reference_problem(manifest: Manifest) -> str | None:
+    """Every reference is to another attempt's shard, of no later step or generation, and named once."""
+    references = manifest.references
+    if references and manifest.version[0] < 2:
+        return f"$.reused: refers to other files, which format {manifest.version} does not do"
+    if len(references) > MAX_FILES * len(manifest.shards):
+        return f"$.reused has {len(references)} entries for {len(manifest.shards)} shards"
+    own = f"{step_folder(manifest.step)}/{manifest.attempt}/"
+    seen: set[str] = set()
+    for i, reference in enumerate(references):
+        problem = reference_problem(reference.file, step=manifest.step, generation=manifest.generation)
+        if problem is None and not is_digest(reference.header):
+            problem = "header is not a digest: 32 lowercase hex digits of xxh3-128"
+        if problem is None and reference.path.startswith(own):
+            problem = f"{reference.path} is of this very attempt"
+        if problem is None and reference.path in seen:
+            problem = f"{reference.path} stands twice"
+        if problem is None and not reference.used <= reference.size:
+            problem = f"{reference.used} bytes used of a file of {reference.size}"
+        if problem is not None:
+            return f"$.reused[{i}]: {problem}"
+        seen.add(reference.path)
     return None
 
 

@@ -8,6 +8,7 @@ parse when someone wrote both.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from distckpt.format.limits import (
     shown,
 )
 from distckpt.format.plain_json import strict_loads
+from distckpt.format.runs import MAX_FILES, FileRef, Run, overlap, reference_problem, run_bytes
 from distckpt.format.shard import MAX_HEADER, MAX_SAVE_ID, ShardHeader, StoredBox, check_block
 from distckpt.storage.base import Store
 
@@ -48,6 +50,11 @@ class _Tensor(msgspec.Struct, frozen=True, gc=False):
     digests: list[str]
 
 
+class _Reused(_Tensor, frozen=True, gc=False):
+    key: str
+    runs: list[list[Count]]
+
+
 class _Meta(msgspec.Struct, frozen=True):
     rank: Count
     world_size: Count
@@ -55,6 +62,10 @@ class _Meta(msgspec.Struct, frozen=True):
     block: Count
     tensors: dict[str, _Tensor]
     objects: dict[str, Any]
+    version: tuple[int, int]
+    reused: list[_Reused] = []
+    files: list[tuple[str, Count, str]] = []
+    packed: str | None = None
 
 
 # Looked into here once, on the importing thread: see manifest.py.
@@ -126,11 +137,16 @@ def parse_header(data: bytes | memoryview, *, file_size: int, where: str) -> Sha
     meta = _convert(plain, _Meta, f"{where}: in __metadata__.distckpt")
     entries = _convert(outer, dict[str, _Entry], where)
     _check_meta(meta, at)
-    if entries.keys() != meta.tensors.keys():
-        odd = min(entries.keys() ^ meta.tensors.keys())
+    files = _files(meta, at)
+    described = {*meta.tensors} if meta.packed is None else {*meta.tensors, meta.packed}
+    if entries.keys() != described or meta.packed in meta.tensors:
+        odd = min(entries.keys() ^ described, default=meta.packed or "")
         raise ShardError(f"{where}: $[{shown(odd)}]: the tensor is in one of the header's two lists only")
-    boxes = _boxes(entries, meta, nbytes, file_size, where)
-    return ShardHeader(meta.rank, meta.world_size, meta.save_id, meta.block, boxes, meta.objects, file_size, nbytes)
+    boxes, packed = _boxes(entries, meta, nbytes, file_size, where)
+    reused = _reused(meta, files, packed, where)
+    return ShardHeader(
+        meta.rank, meta.world_size, meta.save_id, meta.block, (*boxes, *reused), meta.objects, file_size, nbytes, files
+    )
 
 
 def _peek(text: bytes, where: str) -> None:
@@ -174,9 +190,14 @@ def _check_meta(meta: _Meta, at: str) -> None:
         raise ShardError(f"{at}.block: {cause}") from cause
 
 
-def _boxes(entries: dict[str, _Entry], meta: _Meta, nbytes: int, file_size: int, where: str) -> tuple[StoredBox, ...]:
-    """Return the boxes by file offset, having checked that they fill the file from the header to its end."""
-    end = 0
+def _boxes(
+    entries: dict[str, _Entry], meta: _Meta, nbytes: int, file_size: int, where: str
+) -> tuple[list[StoredBox], tuple[int, int]]:
+    """Return the boxes by file offset, and (first byte, past the last) of the packed blocks.
+
+    They were checked to fill the file from the header to its end.
+    """
+    end, packed = 0, (nbytes, nbytes)
     boxes: list[StoredBox] = []
     whole: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -186,38 +207,126 @@ def _boxes(entries: dict[str, _Entry], meta: _Meta, nbytes: int, file_size: int,
             at = f"{where}: $[{shown(key)}].data_offsets"
             raise ShardError(f"{at} [{start}, {stop}] {what} at byte {end} of the data")
         end = stop
+        if key == meta.packed:
+            if (entry.dtype, entry.shape) != ("U8", [stop - start]):
+                raise ShardError(f"{where}: $[{shown(key)}]: packed blocks are {stop - start} elements of 'U8'")
+            packed = (nbytes + start, nbytes + stop)
+            continue
         box = _box(key, entry, meta.tensors[key], meta.block, nbytes, where)
         if whole.setdefault(box.fqn, (box.dtype, box.global_shape)) != (box.dtype, box.global_shape):
             raise ShardError(f"{where}: the boxes of {shown(box.fqn)} disagree on its dtype or global shape")
         boxes.append(box)
     if nbytes + end != file_size:
         raise ShardError(f"{where}: header and data make {nbytes + end} bytes, the file has {file_size}; it is damaged")
-    return tuple(boxes)
+    return boxes, packed
 
 
 def _box(key: str, entry: _Entry, tensor: _Tensor, block: int, nbytes: int, where: str) -> StoredBox:
     start, stop = entry.data_offsets
-    problem = _problem(key, entry, tensor)
-    if problem is None and len(tensor.digests) != block_count(stop - start, block):
-        problem = f"{len(tensor.digests)} digests for {stop - start} bytes in blocks of {block}"
-    if problem is None and not all(map(is_digest, tensor.digests)):
-        problem = "a digest is not 32 lowercase hex digits of xxh3-128"
+    problem = _problem(key, tensor) or _form_problem(entry, tensor) or _digest_problem(tensor, stop - start, block)
     if problem is not None:
         raise ShardError(f"{where}: $[{shown(key)}]: {problem}; the header is damaged or hostile")
-    return StoredBox(
-        key,
-        tensor.fqn,
-        tensor.dtype,
-        tuple(tensor.shape),
-        Box(tuple(tensor.offsets), tuple(tensor.sizes)),
-        nbytes + start,
-        stop - start,
-        tuple(tensor.digests),
-    )
+    return _stored(key, tensor, nbytes + start, stop - start, ())
 
 
-def _problem(key: str, entry: _Entry, tensor: _Tensor) -> str | None:
-    """Say what is wrong with one tensor's name, shape, dtype or size, or return None."""
+def _stored(key: str, tensor: _Tensor, start: int, nbytes: int, runs: tuple[Run, ...]) -> StoredBox:
+    box = Box(tuple(tensor.offsets), tuple(tensor.sizes))
+    digests = tuple(tensor.digests)
+    return StoredBox(key, tensor.fqn, tensor.dtype, tuple(tensor.shape), box, start, nbytes, digests, runs)
+
+
+def _files(meta: _Meta, at: str) -> tuple[FileRef, ...]:
+    """Return the files that blocks are reused from; each must be a shard of some step, named once."""
+    if meta.version[0] < 2 and (meta.reused or meta.files or meta.packed is not None):
+        raise ShardError(f"{at}: refers to other files, which format {meta.version} does not do")
+    if len(meta.files) > MAX_FILES:
+        raise ShardError(f"{at}.files: refers to {len(meta.files)} files (at most {MAX_FILES})")
+    files = tuple(FileRef(*file) for file in meta.files)
+    for file in files:
+        problem = reference_problem(file)
+        if problem is None and not is_digest(file.header):
+            problem = f"{file.path}: its header is not a digest"
+        if problem is not None:
+            raise ShardError(f"{at}.files: {problem}; the header is damaged or hostile")
+    if len({file.path for file in files}) != len(files):
+        raise ShardError(f"{at}.files: names a file twice")
+    return files
+
+
+def _reused(meta: _Meta, files: tuple[FileRef, ...], packed: tuple[int, int], where: str) -> list[StoredBox]:
+    """Return the boxes with blocks in other files, having checked that their own blocks fill the packed bytes."""
+    found: list[StoredBox] = []
+    seen = {*meta.tensors}
+    whole = {tensor.fqn: (tensor.dtype, tensor.shape) for tensor in meta.tensors.values()}
+    at = packed[0]
+    for tensor in meta.reused:
+        problem = "the key stands twice" if tensor.key in seen else _problem(tensor.key, tensor)
+        nbytes = 0 if problem else math.prod(tensor.sizes) * ITEMSIZES[tensor.dtype]
+        problem = problem or _digest_problem(tensor, nbytes, meta.block) or _runs_problem(tensor, nbytes, meta, files)
+        if problem is None and whole.setdefault(tensor.fqn, (tensor.dtype, tensor.shape)) != (
+            tensor.dtype,
+            tensor.shape,
+        ):
+            problem = "the boxes of this tensor disagree on its dtype or global shape"
+        if problem is not None:
+            raise ShardError(f"{where}: reused {shown(tensor.key)}: {problem}; the header is damaged or hostile")
+        seen.add(tensor.key)
+        runs = tuple(_placed(tensor, files, at, nbytes, meta.block))
+        at += sum(run_bytes(run, nbytes, meta.block) for run in runs if run.path is None)
+        found.append(_stored(tensor.key, tensor, -1, nbytes, runs))
+    if at != packed[1]:
+        raise ShardError(f"{where}: {packed[1] - packed[0]} bytes of packed blocks, boxes use {at - packed[0]}")
+    others = [
+        (run, run_bytes(run, box.nbytes, meta.block)) for box in found for run in box.runs if run.path is not None
+    ]
+    problem = overlap(others)
+    unused = {file.path for file in files} - {run.path for run, _ in others}
+    if problem is None and unused:
+        problem = f"{min(unused)} is named but holds nothing"
+    if problem is not None:
+        raise ShardError(f"{where}: reused: {problem}; the header is damaged or hostile")
+    return found
+
+
+def _placed(tensor: _Reused, files: tuple[FileRef, ...], at: int, nbytes: int, block: int) -> Iterator[Run]:
+    first = 0
+    for count, *there in tensor.runs:
+        run = Run(first, count, files[there[0]].path, there[1]) if there else Run(first, count, None, at)
+        if not there:
+            at += run_bytes(run, nbytes, block)
+        first += count
+        yield run
+
+
+def _runs_problem(tensor: _Reused, nbytes: int, meta: _Meta, files: tuple[FileRef, ...]) -> str | None:
+    """Say why runs can't be those of a box, or return None."""
+    if any(len(run) not in (1, 3) or not run[0] for run in tensor.runs):
+        return "a run is not [blocks] or [blocks, file, byte]"
+    if sum(run[0] for run in tensor.runs) != len(tensor.digests):
+        return f"its runs have {sum(run[0] for run in tensor.runs)} blocks, its digests {len(tensor.digests)}"
+    if all(len(run) == 1 for run in tensor.runs):
+        return "none of its blocks lies in another file"
+    first = 0
+    for count, *there in tensor.runs:
+        if there:
+            number, start = there
+            if number >= len(files):
+                return f"there is no file {number}"
+            end = start + run_bytes(Run(first, count, None, start), nbytes, meta.block)
+            if start < 8 or end > files[number].size:
+                return f"bytes [{start}, {end}) are outside {files[number].path} of {files[number].size} bytes"
+        first += count
+    return None
+
+
+def _digest_problem(tensor: _Tensor, nbytes: int, block: int) -> str | None:
+    if len(tensor.digests) != block_count(nbytes, block):
+        return f"{len(tensor.digests)} digests for {nbytes} bytes in blocks of {block}"
+    return None if all(map(is_digest, tensor.digests)) else "a digest is not 32 lowercase hex digits of xxh3-128"
+
+
+def _problem(key: str, tensor: _Tensor) -> str | None:
+    """Say what is wrong with one tensor's name, shape, dtype or box, or return None."""
     wrong = name_problem(key) or (name_problem(tensor.fqn) if tensor.fqn != key else None)
     if wrong is not None:
         return f"the name {wrong}"
@@ -234,12 +343,17 @@ def _problem(key: str, entry: _Entry, tensor: _Tensor) -> str | None:
     for offset, length, extent in zip(tensor.offsets, tensor.sizes, tensor.shape, strict=True):
         if offset + length > extent:
             return f"box {tensor.offsets}+{tensor.sizes} reaches outside shape {tensor.shape}"
+    return None
+
+
+def _form_problem(entry: _Entry, tensor: _Tensor) -> str | None:
+    """Say why a box can't be stored in this form, or return None."""
     tag, shape = stored_form(tensor.dtype, tuple(tensor.sizes))
     if entry.dtype != tag or entry.shape != list(shape):
         found = f"{entry.dtype[:20]!r} {str(entry.shape)[:200]}"
         return f"stored as {found}, but a {tensor.dtype} box of {tensor.sizes} is {tag!r} {list(shape)}"
     begin, end = entry.data_offsets
-    if math.prod(tensor.sizes) * size != end - begin:
+    if math.prod(tensor.sizes) * ITEMSIZES[tensor.dtype] != end - begin:
         return f"{end - begin} bytes for {math.prod(tensor.sizes)} elements of {tensor.dtype}"
     return None
 

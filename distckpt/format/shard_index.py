@@ -12,6 +12,7 @@ from distckpt.errors import ShardError
 from distckpt.format.box_reader import open_shard
 from distckpt.format.layout import Layout, Mesh, candidate_ranks
 from distckpt.format.manifest import Manifest, MeshEntry, TensorEntry
+from distckpt.format.runs import place
 from distckpt.format.shard import ShardHeader, StoredBox
 from distckpt.storage.base import Store
 
@@ -52,6 +53,14 @@ class ShardIndex:
     def path(self, shard: int) -> str:
         """Return the name on the store of a shard."""
         return f"{self.folder}/{self.manifest.shards[shard].path}"
+
+    def place(self, shard: int, stored: StoredBox, number: int) -> tuple[str, int]:
+        """Return (name on the store, byte) where a block of a shard's box lies: in that shard, or an earlier one."""
+        block = self.header(shard).block
+        if not stored.runs:
+            return self.path(shard), stored.start + number * block
+        path, start = place(stored.runs, number, block)
+        return self.path(shard) if path is None else path, start
 
     def header(self, shard: int) -> ShardHeader:
         """Return a shard's header, checked against the manifest; raises ``ShardError``."""
