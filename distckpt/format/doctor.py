@@ -25,6 +25,7 @@ from distckpt.format.lineage import (
     read_root,
     store_now,
 )
+from distckpt.format.manifest import Manifest
 from distckpt.format.uncommitted import uncommitted
 from distckpt.format.verify import quick_check
 from distckpt.storage import PosixStore
@@ -131,6 +132,16 @@ def _space(free: int, total: int, newest_bytes: int | None) -> Finding:
     return Finding("warning" if free < 2 * newest_bytes else "ok", "space", text)
 
 
+def reference_text(manifest: Manifest) -> str:
+    """Say how much of a checkpoint is its own, and what it refers to."""
+    own, used = sum(shard.size for shard in manifest.shards), sum(r.used for r in manifest.references)
+    steps = sorted({int(r.path.partition("/")[0].removeprefix("step-")) for r in manifest.references})
+    return (
+        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {len(manifest.references)} files of "
+        f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+    )
+
+
 def size_text(nbytes: int) -> str:
     """Return a number of bytes as ``1.2 GiB``."""
     if nbytes < 1024:
@@ -163,11 +174,15 @@ def _check_commits(
     findings: list[Finding] = []
     sizes: dict[Committed, int] = {}
     damaged: list[str] = []
+    facts["references"] = referred = {}
     for commit in sorted(committed, reverse=True):
         try:
             manifest = read_manifest(store, commit)
             problems = [str(problem) for problem in quick_check(store, commit, manifest)]
             sizes[commit] = sum(shard.size for shard in manifest.shards)
+            if manifest.references:
+                referred[commit.manifest_path] = [reference.path for reference in manifest.references]
+                findings.append(Finding("note", "incremental", reference_text(manifest)))
         except (CorruptCheckpoint, UnsupportedVersion, StoreError) as error:
             problems = [str(error)]
         if problems:

@@ -163,7 +163,7 @@ def test_a_newer_format_or_an_unreadable_disk_stops_everything(store: Store, mon
     store.create(four.manifest_path, b'{"digest":"xxh3-128:' + digest(body).encode() + b'","body":' + body + b"}\n")
     report = collected(store, [one])
     assert report.removed == ()
-    assert "2.0" in report.reasons[one.manifest_path]
+    assert "3.0" in report.reasons[one.manifest_path]
     store.delete(four.manifest_path)
     store.create(four.manifest_path, data)
     read = type(store).read
