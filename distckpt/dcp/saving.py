@@ -19,6 +19,7 @@ from distckpt import clock, failpoints
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.fingerprint import combined, fingerprint
+from distckpt.dcp.incremental import Chain, check_bases
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
 from distckpt.dcp.planner import (
     Plan,
@@ -49,7 +50,8 @@ from distckpt.errors import (
 from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
 from distckpt.format.commit import begin_attempt, commit, is_committed
-from distckpt.format.manifest import Manifest, ShardEntry
+from distckpt.format.manifest import Manifest, Reference, ShardEntry
+from distckpt.format.reuse import merged
 from distckpt.format.shard import Piece
 from distckpt.storage.base import Store
 
@@ -102,6 +104,9 @@ class _Receipt(msgspec.Struct, array_like=True):
     sourced: dict[str, bytes]
     replicas: dict[str, str] | None
     weights: str
+    references: list[Reference]
+    base: str
+    """Name of the manifest that ``references`` come from; empty where there are none."""
 
 
 def table_of(state: State) -> Table:
@@ -174,18 +179,24 @@ def write_and_commit(
     threads: int,
     timeout_s: float,
     before_write: Callable[[], None] = lambda: None,
+    block: int = digests.BLOCK,
+    chain: Chain | None = None,
 ) -> str:
     """Write this rank's shard, and commit the checkpoint with all others; returns the manifest's name on the store.
 
-    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there).
+    ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there). ``block`` is the
+    number of bytes of each digest. With ``chain`` what the checkpoint before holds already is referred to.
     Every rank gets the same answer. Raises ``SaveFailed`` (or ``StaleGeneration``, ``LayoutChanged``,
     ``ReplicasDiffer``) with all failed ranks' causes; ``CommitInDoubt`` where storage could not be asked either.
     """
     deadline = Deadline.after(timeout_s)
     try:
-        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write)
+        path = _attempt(agreement, store, agreed, request, source, threads, deadline, before_write, block, chain)
     except AgreementError as error:
-        return _resolve(store, request, error)
+        path = _resolve(store, request, error)
+    if chain is not None:
+        chain.committed()
+    return path
 
 
 def _attempt(
@@ -197,6 +208,8 @@ def _attempt(
     threads: int,
     deadline: Deadline,
     before_write: Callable[[], None],
+    block: int,
+    chain: Chain | None,
 ) -> str:
     failpoints.hit("save.begin", request.save_id)
     begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
@@ -213,6 +226,7 @@ def _attempt(
         path = f"{attempt}/{names.shard_name(agreement.rank, agreement.world_size)}"
         own = {n: v for n, v in request.objects.items() if agreed.written.objects[n] in (PER_RANK, DROP_ON_RESIZE)}
         before_write()
+        base = None if chain is None else chain.base(request.step, request.generation)
         written = write_shard(
             store,
             f"{names.step_folder(request.step)}/{path}",
@@ -224,13 +238,20 @@ def _attempt(
             objects=own,
             threads=threads,
             stopped=_watch(agreement, commit_key),
+            block=block,
+            base=base,
         )
         store.sync_folder(folder)
         failpoints.hit("save.synced", request.save_id)
-        receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written))
+        if chain is not None:
+            shard = f"{names.step_folder(request.step)}/{path}"
+            chain.written(written, shard, step=request.step, generation=request.generation)
+        used = base.manifest_path if base is not None and written.references else ""
+        receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written, used))
 
     def decide(payloads: list[bytes]) -> bytes:
         receipts = [msgspec.msgpack.decode(p, type=_Receipt) for p in payloads]
+        check_bases(store, [receipt.base for receipt in receipts])
         return commit(store, _manifest(agreed, request, attempt, receipts)).encode()
 
     failpoints.hit("save.receipt", request.save_id)
@@ -254,7 +275,7 @@ def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
     return stopped
 
 
-def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard) -> _Receipt:
+def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard, base: str) -> _Receipt:
     shared = {
         n: typed_json.canonical(v)
         for n, v in request.objects.items()
@@ -269,6 +290,8 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
         sourced={n: v for n, v in shared.items() if rank in agreed.written.sources[n]},
         replicas=dict(request.replicas) if request.replicas is not None else None,
         weights=fingerprint(agreed.pieces, written.digests, request.trained),
+        references=list(written.references),
+        base=base,
     )
 
 
@@ -286,7 +309,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
     if weights and isinstance(provenance, Mapping):
         provenance = {**provenance, "weights": weights}
     world = len(receipts)
-    return Manifest(
+    manifest = Manifest(
         step=request.step,
         epoch=request.epoch,
         time=clock.utc_text(),
@@ -309,6 +332,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
             for rank, r in enumerate(receipts)
         ],
     )
+    return manifest.referring(merged(r.references for r in receipts))
 
 
 def _merged_objects(plan: Plan, receipts: list[_Receipt]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from distckpt.errors import (
 )
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
-from distckpt.format.manifest import decode_manifest, encode_manifest
+from distckpt.format.manifest import Manifest, decode_manifest, encode_manifest
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
 from distckpt.manager.report import LoadOptions, LoadReport
@@ -53,6 +53,8 @@ class Loader:
         self.root = root
         self.engine = engine
         self.components = components
+        self.loaded: Manifest | None = None
+        """Manifest of what was loaded last."""
 
     def newest(self, key: str, options: LoadOptions) -> LoadReport | None:
         """Load the newest checkpoint of the lineage that every rank can load; None where there is none at all."""
@@ -132,7 +134,9 @@ class Loader:
         )
         with bar as progress:
             load = Restore(reader, self.engine, self.components, self.config, options, path, progress)
-            return restore(self.agreement, key, load)
+            report = restore(self.agreement, key, load)
+        self.loaded = manifest
+        return report
 
     def _ask(self, key: str, answer: Callable[[], bytes]) -> bytes:
         """Return the leader's answer on every rank; its errors are raised on all in their own kind."""

@@ -309,6 +309,8 @@ class CheckpointManager:
             self._flush_metrics()
             self._last_path = None
         self.line.go_on_from(report.generation, report.step)
+        if self.pipeline.chain is not None and self.loader.loaded is not None:
+            self.pipeline.chain.go_on_from(self.loader.loaded)
         self.history.continue_from(self.root.read_metrics(self.line.resumed_from))
         self.schedule.resumed(report.step, self.history.rows)
 

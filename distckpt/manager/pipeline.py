@@ -15,6 +15,7 @@ from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.full import GatheredSource, gather_tensors
+from distckpt.dcp.incremental import Chain
 from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
 from distckpt.dcp.replicas import host_bytes, replica_digests
@@ -57,6 +58,7 @@ class SavePipeline:
         self.components = components
         self.budget: Deadline | None = None
         self.arena = StagingArena()
+        self.chain = Chain(store, agreement.rank) if config.incremental else None
         self._saving = agreement.clone()  # the saving thread's own line to the other ranks
         self._plan: AgreedPlan | None = None
 
@@ -144,6 +146,8 @@ class SavePipeline:
                     threads=threads or self.config.threads,
                     timeout_s=self._left_s(),
                     before_write=before_write,
+                    block=self.config.block_bytes,
+                    chain=self.chain,
                 )
             except SaveFailed as error:
                 final = isinstance(error, (StaleGeneration, LayoutChanged, CommitInDoubt))
