@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
+
+_SMALL = 32 << 10
+_free, _held = ctypes.CDLL(None), ctypes.PyDLL(None)
+for _library in (_free, _held):
+    _library.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
     """Copy equal numbers of bytes; numpy lets go of the interpreter lock meanwhile, a memoryview does not."""
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def move(target: int, source: int, nbytes: int) -> None:
+    """Copy bytes between addresses; the interpreter lock is let go where that pays (taking it back may have to wait)."""
+    (_held if nbytes < _SMALL else _free).memmove(target, source, nbytes)

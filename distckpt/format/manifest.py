@@ -7,6 +7,7 @@ manifest_checks.py.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,10 @@ _HEAD: Final = b'{"digest":"xxh3-128:'
 _MIDDLE: Final = b'","body":'
 _TAIL: Final = b"}\n"
 _FRAME: Final = len(_HEAD) + 32 + len(_MIDDLE)
+_REMEMBERED: Final = 4
+_parsed: dict[str, Manifest] = {}
+"""Manifests by the digest of their body, the last few; nobody changes one."""
+_lock = threading.Lock()
 _MAX_BODY: Final = MAX_MANIFEST - _FRAME - len(_TAIL)
 
 
@@ -158,6 +163,20 @@ def decode_manifest(data: bytes, *, where: str, step: int | None = None, generat
 
 
 def _parse(body: bytes | memoryview, where: str) -> Manifest:
+    """Return the manifest in a body; equal bytes are checked once (a save meets its manifest half a dozen times)."""
+    found = digest(body)
+    with _lock:
+        manifest = _parsed.get(found)
+    if manifest is None:
+        manifest = _check(body, where)
+        with _lock:
+            _parsed[found] = manifest
+            while len(_parsed) > _REMEMBERED:
+                del _parsed[next(iter(_parsed))]
+    return manifest
+
+
+def _check(body: bytes | memoryview, where: str) -> Manifest:
     """Return the manifest in a body: JSON, version, types and meaning checked, in this order."""
     plain = strict_loads(body, where=where, max_bytes=_MAX_BODY)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:

@@ -15,6 +15,7 @@ MAX_DEPTH: Final = 200
 MAX_DIGITS: Final = 40
 """Longest integer literal that is read: enough for 128 bits, and parsing stays linear in the file's size."""
 
+_LOOSE = re.compile(rb'"[ \t\r\n]')
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -70,6 +71,15 @@ def strict_loads(
     if _deeper_than(value, MAX_DEPTH):
         raise error(f"{where}: JSON nested deeper than {MAX_DEPTH} levels; it is damaged or hostile")
     return value
+
+
+def has_keys_once(text: bytes, keys: int) -> bool:
+    """Say whether JSON that was parsed into ``keys`` keys, counting all levels, provably repeats none of them.
+
+    In ASCII text without escapes and without white space after quotes, ``":`` ends every key, and counting them is a
+    hundred times faster than looking at each. False means unknown: use ``strict_loads``.
+    """
+    return text.isascii() and b"\\" not in text and _LOOSE.search(text) is None and text.count(b'":') == keys
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

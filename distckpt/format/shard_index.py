@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from distckpt.boxes import Box
@@ -12,7 +12,6 @@ from distckpt.errors import ShardError
 from distckpt.format.box_reader import open_shard
 from distckpt.format.layout import Layout, Mesh, candidate_ranks
 from distckpt.format.manifest import Manifest, MeshEntry, TensorEntry
-from distckpt.format.runs import place
 from distckpt.format.shard import ShardHeader, StoredBox
 from distckpt.storage.base import Store
 
@@ -54,13 +53,24 @@ class ShardIndex:
         """Return the name on the store of a shard."""
         return f"{self.folder}/{self.manifest.shards[shard].path}"
 
-    def place(self, shard: int, stored: StoredBox, number: int) -> tuple[str, int]:
-        """Return (name on the store, byte) where a block of a shard's box lies: in that shard, or an earlier one."""
-        block = self.header(shard).block
+    def places(self, shard: int, stored: StoredBox, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
+        """Yield (file, first, last, byte) of blocks ``first`` up to ``last`` of a shard's box, cut by where they lie.
+
+        The file is the shard, or one of an earlier step that it refers to; blocks of one cut follow each other in it.
+        """
+        block, own = self.header(shard).block, self.path(shard)
         if not stored.runs:
-            return self.path(shard), stored.start + number * block
-        path, start = place(stored.runs, number, block)
-        return self.path(shard) if path is None else path, start
+            yield own, first, last, stored.start + first * block
+        for run in stored.runs:
+            low, high = max(first, run.first), min(last, run.first + run.count)
+            if low < high:
+                yield run.path or own, low, high, run.start + (low - run.first) * block
+
+    def size(self, shard: int, path: str) -> int:
+        """Return how many bytes a file of ``places`` has, as the manifest or the header says."""
+        if path == self.path(shard):
+            return self.manifest.shards[shard].size
+        return next(file.size for file in self.header(shard).files if file.path == path)
 
     def header(self, shard: int) -> ShardHeader:
         """Return a shard's header, checked against the manifest; raises ``ShardError``."""
@@ -122,6 +132,6 @@ class ShardIndex:
                         f"{self.path(shard)}: tensor {name!r} is {stored.dtype} {stored.global_shape} in the shard of "
                         f"rank {shard}, but {promised[0]} {promised[1]} in the manifest"
                     )
-                if stored.box.intersect(box) is not None:
+                if stored.box == box or stored.box.intersect(box) is not None:
                     found.append((shard, stored))
         return found

@@ -103,3 +103,14 @@ class Store(Protocol):
 
     def replace(self, name: str, data: bytes) -> None:
         """Write or overwrite a small file that is only a hint (heartbeat); readers see old or new bytes."""
+
+
+@runtime_checkable
+class CachedReads(Protocol):
+    """A store whose bytes the operating system may have in memory already."""
+
+    def read_cached(self, name: str, offset: int, destinations: Sequence[memoryview]) -> bool:
+        """Fill the views, one after the other, from ``offset`` on, if that needs no device; else False.
+
+        After False the views may hold anything. Raises as ``Store.read_into`` does.
+        """

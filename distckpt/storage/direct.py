@@ -14,18 +14,21 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 ALIGNMENT = 4096
 """Memory address, file offset and length must be multiples of this; enough for every common device."""
 
 REQUEST = 8 << 20
 """Bytes of one request: large enough for the device's full speed, small enough for a ring of them."""
+HUGE_PAGE = 2 << 20
+_IOV_MAX = 1024
 DIRECT_READ = 1 << 20
 """Reads of at least this many bytes go past the page cache, unless it has them."""
 
 _libc = ctypes.CDLL(None)  # its calls let go of the interpreter lock
 _libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -62,15 +65,17 @@ class DirectFile:
 
 
 class BufferPool:
-    """Page-aligned buffers of ``REQUEST`` bytes and two blocks, lent one at a time; at most ``limit`` are kept.
+    """Page-aligned buffers of ``nbytes`` each, lent one at a time; at most ``limit`` are kept.
 
-    The first touch of fresh memory costs several copies (page faults), so they live as long as the process.
+    The first touch of fresh memory costs several copies (page faults), so they live as long as the process and ask for
+    huge pages.
     """
 
-    def __init__(self, limit: int = 16) -> None:
+    def __init__(self, limit: int = 16, nbytes: int = REQUEST) -> None:
         self._free: list[memoryview] = []
         self._limit = limit
         self._lock = threading.Lock()
+        self.nbytes = nbytes
         self.allocations = 0
 
     @contextlib.contextmanager
@@ -81,13 +86,34 @@ class BufferPool:
             if view is None:
                 self.allocations += 1
         if view is None:
-            view = memoryview(mmap.mmap(-1, REQUEST + 2 * ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            view = anonymous(self.nbytes)
         try:
             yield view
         finally:
             with self._lock:
                 if len(self._free) < self._limit:
                     self._free.append(view)
+
+
+def anonymous(nbytes: int) -> memoryview:
+    """Return fresh zeroed memory that starts at a huge page's boundary and asks for huge pages.
+
+    A page fault for every 4 KiB costs more than filling them (0.3 against 8 GB/s on some virtual machines);
+    see madvise(2), MADV_HUGEPAGE.
+    """
+    region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(region)
+    skip = -address(view) % HUGE_PAGE
+    return view[skip : skip + nbytes]
+
+
+def advise_huge_pages(start: int, nbytes: int) -> None:
+    """Ask for huge pages behind memory that is not touched yet, as far as it holds whole ones; a hint, never an error."""
+    first, last = -(-start // HUGE_PAGE) * HUGE_PAGE, (start + nbytes) // HUGE_PAGE * HUGE_PAGE
+    if first < last:
+        _libc.madvise(first, last - first, mmap.MADV_HUGEPAGE)
 
 
 POOL = BufferPool()
@@ -118,13 +144,30 @@ def read_some(fd: int, view: memoryview, offset: int) -> int:
         os.close(direct)
 
 
+def read_resident(fd: int, views: Sequence[memoryview], offset: int) -> bool:
+    """Fill the views from a file if the page cache has all of it (RWF_NOWAIT, preadv2(2)); False where it does not."""
+    for first in range(0, len(views), _IOV_MAX):
+        part = views[first : first + _IOV_MAX]
+        nbytes = sum(map(len, part))
+        try:
+            if os.preadv(fd, part, offset, os.RWF_NOWAIT) != nbytes:
+                return False
+        except OSError:  # EAGAIN: not in the cache; EOPNOTSUPP: cannot tell
+            return False
+        offset += nbytes
+    return True
+
+
 def _fill(direct: int, view: memoryview, offset: int, done: int, buffer: memoryview) -> int:
+    """Read the rest of the view: in place where memory and file are aligned alike, else by way of the buffer."""
     while done < len(view):
         start = (offset + done) // ALIGNMENT * ALIGNMENT
         skip = offset + done - start
+        whole = (len(view) - done) // ALIGNMENT * ALIGNMENT
+        in_place = bool(whole) and not skip and address(view[done:]) % ALIGNMENT == 0
         wanted = min(len(buffer), -(-(skip + len(view) - done) // ALIGNMENT) * ALIGNMENT)
         try:
-            got = os.preadv(direct, [buffer[:wanted]], start)
+            got = os.preadv(direct, [view[done : done + whole] if in_place else buffer[:wanted]], start)
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
@@ -132,7 +175,8 @@ def _fill(direct: int, view: memoryview, offset: int, done: int, buffer: memoryv
         useful = min(got - skip, len(view) - done)
         if useful <= 0:
             return done
-        _libc.memmove(address(view[done:]), address(buffer) + skip, useful)
+        if not in_place:
+            _libc.memmove(address(view[done:]), address(buffer) + skip, useful)
         done += useful
     return done
 

@@ -21,7 +21,7 @@ from distckpt import failpoints
 from distckpt.errors import AlreadyExists, NotFound, StoreError
 from distckpt.storage import posix_files, posix_folders
 from distckpt.storage.base import Capabilities, Entry, Writer
-from distckpt.storage.direct import read_some
+from distckpt.storage.direct import read_resident, read_some
 from distckpt.storage.paths import check_range, flat_bytes, mapped, split_folder, split_name
 
 TEMP_GRACE_S = 24 * 3600.0
@@ -111,6 +111,19 @@ class PosixStore:
             self._count("bytes_read", len(view))
 
         self._reading(name, body)
+
+    def read_cached(self, name: str, offset: int, destinations: Sequence[memoryview]) -> bool:
+        """See ``CachedReads.read_cached``: what the page cache has, scattered into the views in one copy."""
+
+        def body(fd: int, available: int) -> bool:
+            nbytes = sum(map(len, destinations))
+            check_range(self.path_of(name), offset, nbytes, available)
+            if not read_resident(fd, destinations, offset):
+                return False
+            self._count("bytes_read", nbytes)
+            return True
+
+        return self._reading(name, body)
 
     def size(self, name: str) -> int:
         """See ``Store.size``."""

@@ -1,0 +1,224 @@
+"""From wanted boxes to read requests: which bytes of which shard, and where they go. Nothing is read but headers.
+
+The unit of verification is the block, the unit of work a run: blocks of one stored box that follow each other. Runs are
+packed into requests of up to ``SPAN`` bytes in file order, whatever tensors they belong to, so that a thousand small
+tensors cost no more requests than a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+
+from distckpt.boxes import Box, is_flat_range
+from distckpt.dcp.leaves import torch_dtype
+from distckpt.errors import IncompatibleState
+from distckpt.format.dtypes import itemsize
+from distckpt.format.shard import StoredBox
+from distckpt.format.shard_index import ShardIndex
+from distckpt.storage.direct import ALIGNMENT, REQUEST
+
+SPAN = REQUEST - 2 * ALIGNMENT
+"""Most bytes from a request's first to its last, but for a longer block: with its alignment it fits one buffer."""
+GAP = 256 << 10
+"""Runs of one file with at most this many unwanted bytes between them are read in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A box of a saved tensor and the tensor (any device, any strides, of ``box.sizes``) to put it in."""
+
+    fqn: str
+    box: Box
+    target: torch.Tensor
+
+
+# The classes below are made by the ten thousand and stay in here and the reader: not frozen, which costs microseconds.
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """What one want takes of a stored box: ``common``, in the tensor's coordinates.
+
+    Where it is contiguous in both, bytes ``[begin, end)`` of the stored box go to memory at ``address`` as they are;
+    elsewhere ``address`` is 0.
+    """
+
+    want: Want
+    common: Box
+    begin: int = 0
+    end: int = 0
+    address: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Blocks ``first`` up to ``last`` of a stored box: ``nbytes`` bytes from ``start`` of ``path``, and who takes them."""
+
+    path: str
+    stored: StoredBox
+    uses: list[Use]
+    first: int
+    last: int
+    start: int
+    nbytes: int
+    block: int
+
+    @property
+    def in_place(self) -> bool:
+        """Whether all of it goes to one place in memory, as it is."""
+        use, begin = self.uses[0], self.first * self.block
+        return len(self.uses) == 1 and use.address != 0 and use.begin <= begin and begin + self.nbytes <= use.end
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Runs of one file that one shard's boxes need, in file order, read at once."""
+
+    shard: int
+    runs: list[Run]
+
+    @property
+    def path(self) -> str:
+        """Name of the file on the store."""
+        return self.runs[0].path
+
+    @property
+    def start(self) -> int:
+        """File offset of the first byte."""
+        return self.runs[0].start
+
+    @property
+    def stop(self) -> int:
+        """File offset past the last byte."""
+        return self.runs[-1].start + self.runs[-1].nbytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every byte from start to stop goes to its place in memory as it is."""
+        return all(run.in_place for run in self.runs) and sum(r.nbytes for r in self.runs) == self.stop - self.start
+
+
+def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
+    """Return the requests that fill every want; each block is in one of them, however many wants it serves.
+
+    Opens the headers of the shards that can hold a wanted box, no others. Raises ``IncompatibleState`` where the
+    checkpoint lacks a part of a want or the target has another shape.
+    """
+    found: dict[tuple[int, int, str], tuple[StoredBox, list[Use]]] = {}
+    for want in wants:
+        if tuple(want.target.shape) != want.box.sizes:
+            raise IncompatibleState(f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}")
+        covered = 0
+        for shard, stored in index.overlapping(want.fqn, want.box):
+            use = _use(want, stored)
+            covered += use.common.numel
+            found.setdefault((shard, stored.start, stored.key), (stored, []))[1].append(use)
+        if covered != want.box.numel:
+            raise IncompatibleState(
+                f"{want.fqn}: checkpoint at {index.folder} holds {covered} of the {want.box.numel} elements of box "
+                f"{want.box.offsets}+{want.box.sizes}"
+            )
+    by_file: dict[tuple[int, str], list[Run]] = {}
+    for (shard, _, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
+        for run in _runs(index, shard, stored, uses):
+            by_file.setdefault((shard, run.path), []).append(run)
+    for every in by_file.values():
+        every.sort(key=attrgetter("start"))
+    return [Request(shard, runs) for (shard, _), every in by_file.items() for runs in _packed(every)]
+
+
+def _use(want: Want, stored: StoredBox) -> Use:
+    target, size = want.target, itemsize(stored.dtype)
+    plain = target.device.type == "cpu" and target.dtype == torch_dtype(stored.dtype) and target.is_contiguous()
+    if want.box == stored.box:
+        return Use(want, want.box, 0, stored.nbytes, target.data_ptr() if plain else 0)
+    common = want.box.intersect(stored.box)
+    assert common is not None
+    source = is_flat_range(common.relative_to(stored.box.offsets), stored.box.sizes)
+    place = is_flat_range(common.relative_to(want.box.offsets), want.box.sizes)
+    if not plain or source is None or place is None:
+        return Use(want, common)
+    return Use(want, common, source[0] * size, source[1] * size, target.data_ptr() + place[0] * size)
+
+
+def _runs(index: ShardIndex, shard: int, stored: StoredBox, uses: list[Use]) -> Iterator[Run]:
+    """Yield the runs of a stored box's blocks that hold wanted elements, in order."""
+    block = index.header(shard).block
+    for span in _union([span for use in uses for span in _touched(stored, use, block)]):
+        for path, first, last, start in index.places(shard, stored, *span):
+            nbytes = min(last * block, stored.nbytes) - first * block
+            yield Run(path, stored, uses, first, last, start, nbytes, block)
+
+
+def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merge half-open spans that touch or overlap."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _touched(stored: StoredBox, use: Use, block: int) -> list[tuple[int, int]]:
+    """Return the spans of the stored box's blocks that hold elements of the use, in order.
+
+    A box is a set of equal runs of elements at equal strides; they are walked along the slowest dimension only, so a
+    column cut of wide rows skips the blocks between its runs.
+    """
+    if use.end:
+        return [(use.begin // block, (use.end - 1) // block + 1)]
+    size = itemsize(stored.dtype)
+    inner = use.common.relative_to(stored.box.offsets)
+    flat = is_flat_range(inner, stored.box.sizes)
+    if flat is not None:
+        return [(flat[0] * size // block, (flat[1] * size - 1) // block + 1)]
+    row = stored.nbytes // stored.box.sizes[0]
+    low, high = _span(Box(inner.offsets[1:], inner.sizes[1:]), stored.box.sizes[1:])
+    return _union(
+        [
+            ((index * row + low * size) // block, (index * row + high * size - 1) // block + 1)
+            for index in range(inner.offsets[0], inner.ends[0])
+        ]
+    )
+
+
+def _span(box: Box, shape: Sequence[int]) -> tuple[int, int]:
+    low = high = 0
+    for offset, end, extent in zip(box.offsets, box.ends, shape, strict=True):
+        low, high = low * extent + offset, high * extent + end - 1
+    return low, high + 1
+
+
+def _packed(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Pack runs of one file, in file order, into requests; long runs are cut between blocks."""
+    request: list[Run] = []
+    for run in runs:
+        rest: Run | None = run
+        while rest is not None:
+            begin = request[0].start if request else rest.start
+            gap = rest.start - (request[-1].start + request[-1].nbytes) if request else 0
+            if request and (gap > GAP or begin + SPAN - rest.start < min(rest.nbytes, rest.block)):
+                yield request
+                request = []
+                continue
+            head, rest = _cut(rest, begin + SPAN - rest.start)
+            request.append(head)
+    if request:
+        yield request
+
+
+def _cut(run: Run, room: int) -> tuple[Run, Run | None]:
+    """Cut a run where its blocks no longer fit into ``room`` bytes."""
+    if run.nbytes <= room:
+        return run, None
+    count = max(1, room // run.block)
+    nbytes = count * run.block
+    head = Run(run.path, run.stored, run.uses, run.first, run.first + count, run.start, nbytes, run.block)
+    start, left = run.start + nbytes, run.nbytes - nbytes
+    return head, Run(run.path, run.stored, run.uses, head.last, run.last, start, left, run.block)
