@@ -7,7 +7,6 @@ through three rounds: plan (on the training thread: digests of what each rank ho
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.fingerprint import combined, fingerprint
 from distckpt.dcp.incremental import Chain, check_bases
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
+from distckpt.dcp.parallel import asked_by_one
 from distckpt.dcp.planner import (
     Plan,
     Row,
@@ -237,7 +237,7 @@ def _attempt(
             save_id=request.save_id,
             objects=own,
             threads=threads,
-            stopped=_watch(agreement, commit_key),
+            stopped=asked_by_one(lambda: agreement.aborted(commit_key)),
             block=block,
             base=base,
         )
@@ -258,21 +258,6 @@ def _attempt(
     path = agreement.round(commit_key, receipt, decide, deadline=deadline).decode()
     failpoints.hit("save.verdict", request.save_id)
     return path
-
-
-def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
-    """Return a check for a peer's failure that several writer threads may call: one asks, the others go on."""
-    lock = threading.Lock()
-
-    def stopped() -> str | None:
-        if not lock.acquire(blocking=False):
-            return None
-        try:
-            return agreement.aborted(key)
-        finally:
-            lock.release()
-
-    return stopped
 
 
 def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard, base: str) -> _Receipt:
