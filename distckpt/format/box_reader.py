@@ -207,6 +207,26 @@ def _fill_run(store: Store, source: Source, run: list[Block], box: Box, destinat
     place = _place_of_run(source, run, box)
     nbytes = run_nbytes(run)
     view = memoryview(bytearray(nbytes)) if place is None else destination[place : place + nbytes]
+    _read_checked(store, source, run, view)
+    if place is None:
+        _scatter(source, run, box, view, destination)
+
+
+def read_range(store: Store, source: Source, start: int, stop: int) -> memoryview:
+    """Return bytes [start, stop) of a stored box, each block verified; ``start`` is the beginning of a block.
+
+    ``stop`` is the end of one. Raises ``ShardError`` as ``fill`` does.
+    """
+    found = memoryview(bytearray(stop - start))
+    numbers = range(start // source.block, -(-stop // source.block))
+    at = 0
+    for run in runs(blocks_of(source.stored, source.block, source.path, numbers)):
+        _read_checked(store, source, run, found[at : at + run_nbytes(run)])
+        at += run_nbytes(run)
+    return found
+
+
+def _read_checked(store: Store, source: Source, run: list[Block], view: memoryview) -> None:
     try:
         damaged = read_run(store, run, view)
     except StoreError as error:
@@ -220,8 +240,6 @@ def _fill_run(store: Store, source: Source, run: list[Block], box: Box, destinat
             f"{bad.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
             f"written by rank {source.rank}, do not match their digest; the file is damaged{_referrer(source, bad)}"
         )
-    if place is None:
-        _scatter(source, run, box, view, destination)
 
 
 def _referrer(source: Source, block: Block) -> str:

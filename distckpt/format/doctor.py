@@ -137,8 +137,8 @@ def reference_text(manifest: Manifest) -> str:
     own, used = sum(shard.size for shard in manifest.shards), sum(r.used for r in manifest.references)
     steps = sorted({int(r.path.partition("/")[0].removeprefix("step-")) for r in manifest.references})
     return (
-        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {len(manifest.references)} files of "
-        f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {len(manifest.references)} file"
+        f"{'s' * (len(manifest.references) > 1)} of step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
     )
 
 
@@ -170,9 +170,10 @@ def _check_root(store: Store) -> list[Finding]:
 def _check_commits(
     store: Store, committed: Sequence[Committed], line: Sequence[Committed], facts: dict[str, Any]
 ) -> tuple[list[Finding], int | None]:
-    """Read every manifest and look at every shard's size; also returns the newest whole checkpoint's bytes."""
+    """Read every manifest and look at every shard's size; also returns the newest whole checkpoint's bytes, reused ones too."""
     findings: list[Finding] = []
     sizes: dict[Committed, int] = {}
+    reused: dict[Committed, int] = {}
     damaged: list[str] = []
     facts["references"] = referred = {}
     for commit in sorted(committed, reverse=True):
@@ -180,6 +181,7 @@ def _check_commits(
             manifest = read_manifest(store, commit)
             problems = [str(problem) for problem in quick_check(store, commit, manifest)]
             sizes[commit] = sum(shard.size for shard in manifest.shards)
+            reused[commit] = sum(reference.used for reference in manifest.references)
             if manifest.references:
                 referred[commit.manifest_path] = [reference.path for reference in manifest.references]
                 findings.append(Finding("note", "incremental", reference_text(manifest)))
@@ -208,7 +210,7 @@ def _check_commits(
         Finding("note", "stray", f"step {c.step} of generation {c.generation}: committed outside the lineage, unused")
         for c in stray
     ]
-    return findings, next((sizes[c] for c in line if c in sizes), None)
+    return findings, next((sizes[c] + reused[c] for c in line if c in sizes), None)  # the next save may be whole
 
 
 # ---------------------------------------------------------------- jobs

@@ -46,11 +46,20 @@ def write_streams(
 ) -> WrittenShard:
     """Write whole tensors as one durable shard of a new name. Memory: ``threads`` requests of at most ``CHUNK`` bytes.
 
-    A store that takes only rising offsets has everything read twice: the header, which has the digests, comes first.
+    Raises as ``write_boxes``.
     """
     pieces = [Piece(fqn, s.dtype, s.shape, Box.whole(s.shape)) for fqn, s in streams.items()]
     plan = plan_shard(pieces, rank=rank, world_size=world_size, save_id=save_id, objects=objects)
-    sources = list(streams.values())
+    return write_boxes(store, name, plan, list(streams.values()), threads=threads, progress=progress)
+
+
+def write_boxes(
+    store: Store, name: str, plan: ShardPlan, sources: Sequence[Stream], *, threads: int, progress: Progress
+) -> WrittenShard:
+    """Write a planned shard, durably, from one stream for each of its pieces.
+
+    A store that takes only rising offsets has everything read twice: the header, which has the digests, comes first.
+    """
     found = [[""] * digests.block_count(nbytes, plan.block) for nbytes in plan.nbytes]
     writer = store.open_writer(name, plan.size)
     try:
