@@ -118,8 +118,6 @@ def _provenance(old: Manifest) -> Any:
         return old.provenance
     if old.provenance.keys() == {"$dict"}:
         return {"$dict": [*old.provenance["$dict"], ["materialized_from", origin]]}
-    return (
-        old.provenance
-        if any(key.startswith("$") for key in old.provenance)
-        else {**old.provenance, "materialized_from": origin}
-    )
+    if any(key.startswith("$") for key in old.provenance):
+        return old.provenance
+    return {**old.provenance, "materialized_from": origin}

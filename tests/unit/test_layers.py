@@ -183,7 +183,7 @@ def test_files_stay_short() -> None:
         (("shutil.rmtree", "os.removedirs"), ()),
         # One door for writing a manifest, one for reading the clock of peers.
         (("encode_manifest",), ("format/commit.py", "format/manifest.py", "manager/loading.py")),
-        (("create_generation",), ("manager/line.py", "dcp/plugin.py", "importers/commit_source.py")),
+        (("create_generation",), ("manager/line.py", "dcp/plugin.py", "importers/commit_source.py", "importers/materialize.py")),
         (("os.fork", "os.system"), ()),
         (("eval", "exec", "__import__"), ()),
     ],
