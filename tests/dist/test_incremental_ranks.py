@@ -71,15 +71,20 @@ def load_with_dcp(rank: int, world: int, root: Path) -> None:
     assert check(model, optimizer) > 0
 
 
-@pytest.mark.parametrize(("kind", "world", "background"), [("fsdp2", 2, True), ("2d", 4, False)])
-def test_every_layout_loads_an_incremental_save(tmp_path: Path, kind: str, world: int, background: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "world", "background", "loaders"),
+    [("fsdp2", 2, True, [("one", 1), ("fsdp2", 2)]), ("2d", 4, False, [("ddp", 3)])],
+)
+def test_every_layout_loads_an_incremental_save(
+    tmp_path: Path, kind: str, world: int, background: bool, loaders: list[tuple[str, int]]
+) -> None:
     run_ranks(world, save_two, kind, world, tmp_path, background)
     newest = open_checkpoint(tmp_path)
     assert newest.verify("full").ok
     assert len(newest.manifest.references) == world  # each rank refers to its own earlier shard
     assert sum(r.used for r in newest.manifest.references) > 0
     run_ranks(3, load_with_dcp, 3, tmp_path)
-    for step, (other, ranks) in enumerate([("one", 1), ("ddp", 3), (kind, world)], 2):
+    for step, (other, ranks) in enumerate(loaders, 2):
         run_ranks(ranks, load_and_save, other, ranks, tmp_path, step)
         for folder in tmp_path.glob("step-*"):
             assert not list(folder.glob("manifest-*")) or open_checkpoint(folder).verify("full").ok
