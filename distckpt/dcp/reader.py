@@ -28,10 +28,15 @@ from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
 from distckpt.format.runs import HINT
 from distckpt.format.shard_index import ShardIndex
-from distckpt.storage.base import CachedReads, Store
+from distckpt.storage.base import PlainReader, Reader, Store, open_reader
 from distckpt.storage.direct import ALIGNMENT, POOL, address
 
 __all__ = ["CheckpointReader", "ReadStats", "Want"]
+
+READ_THREADS = 6
+"""Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start."""
+MAX_OPEN = 64
+"""Files kept open during one read; further ones are opened for each request."""
 
 
 @dataclass(slots=True)
@@ -75,26 +80,29 @@ class CheckpointReader:
         self.stats.wanted_bytes += sum(want.box.numel * want.target.element_size() for want in wants)
         requests = plan_requests(self.index, [want for want in wants if want.box.numel or want.target.numel()])
 
-        def run(request: Request) -> None:
-            self._run(request, compare)
-            if progress is not None:
-                progress(request.stop - request.start)
+        with _OpenFiles(self.store) as files:
 
-        run_all(run, requests, threads, "read")
+            def run(request: Request) -> None:
+                self._run(files, request, compare)
+                if progress is not None:
+                    progress(request.stop - request.start)
+
+            run_all(run, requests, min(threads, READ_THREADS), "read")
         return self.stats
 
-    def _run(self, request: Request, compare: bool) -> None:
+    def _run(self, files: _OpenFiles, request: Request, compare: bool) -> None:
         path, nbytes = request.path, request.stop - request.start
         in_place = not compare and request.in_place
         try:
-            if in_place and self._read_cached(path, request):
+            file = files.get(path)
+            if in_place and _read_cached(file, path, request):
                 self._count(nbytes, nbytes)
                 return
             with _buffer(nbytes + 2 * ALIGNMENT) as buffer:
                 start = request.start // ALIGNMENT * ALIGNMENT
                 size = self.index.size(request.shard, path)
                 stop = min(size, -(-request.stop // ALIGNMENT) * ALIGNMENT)
-                self.store.read_into(path, start, buffer[: stop - start])
+                file.read_into(start, buffer[: stop - start])
                 self._count(nbytes, 0)
                 for run in request.runs:
                     begin = run.start - start
@@ -113,18 +121,6 @@ class CheckpointReader:
             self.stats.read_bytes += nbytes
             self.stats.in_place_bytes += in_place
             self.stats.requests += 1
-
-    def _read_cached(self, path: str, request: Request) -> bool:
-        """Fill the tensors from the page cache if that holds the whole request, and verify them."""
-        if not isinstance(self.store, CachedReads):
-            return False
-        views = [_memory(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
-        if not self.store.read_cached(path, request.start, views):
-            return False
-        for run, view in zip(request.runs, views, strict=True):
-            for number in range(run.first, run.last):
-                _verify(path, request.shard, run, number, view)
-        return True
 
     def _deliver(self, path: str, shard: int, run: Run, data: memoryview, compare: bool) -> None:
         """Verify a run block by block and copy on what is wanted of it."""
@@ -162,6 +158,42 @@ class CheckpointReader:
             elif not _same_bits(target, found):
                 with self._lock:
                     self.stats.mismatches.append(f"{want.fqn} box {common.offsets}+{common.sizes}")
+
+
+class _OpenFiles:
+    """The files of one read, each opened once."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: dict[str, Reader] = {}
+        self._lock = threading.Lock()
+
+    def get(self, path: str) -> Reader:
+        """Return the reader of a file. Raises ``StoreError``."""
+        with self._lock:
+            if path not in self._open:
+                if len(self._open) >= MAX_OPEN:
+                    return PlainReader(self._store, path)
+                self._open[path] = open_reader(self._store, path)
+            return self._open[path]
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for reader in self._open.values():
+            reader.close()
+
+
+def _read_cached(file: Reader, path: str, request: Request) -> bool:
+    """Fill the tensors from the page cache if that holds the whole request, and verify them."""
+    views = [_memory(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
+    if not file.read_cached(request.start, views):
+        return False
+    for run, view in zip(request.runs, views, strict=True):
+        for number in range(run.first, run.last):
+            _verify(path, request.shard, run, number, view)
+    return True
 
 
 def _verify(path: str, shard: int, run: Run, number: int, data: memoryview) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distckpt.dcp.buffers import zeros_like
 from distckpt.dcp.leaves import GROUPS, State, TensorLeaf, torch_dtype
 from distckpt.engines import zero
 from distckpt.engines.base import OPTIM_GROUPS, OPTIM_STATE
@@ -107,7 +108,7 @@ class PartitionedState:
             key in SHARED_SCALARS and all(shape == () for _, _, shape in saved)
         )
         if not is_scalar:
-            return torch.zeros_like(flat, dtype=dtype, requires_grad=False)
+            return zeros_like(flat, dtype)
         if key == "step" and not type(self.basic).__module__.startswith("torch."):
             return 0  # DeepSpeed's own optimizers count in Python
         group = self.basic.param_groups[partition.group]

@@ -105,12 +105,48 @@ class Store(Protocol):
         """Write or overwrite a small file that is only a hint (heartbeat); readers see old or new bytes."""
 
 
-@runtime_checkable
-class CachedReads(Protocol):
-    """A store whose bytes the operating system may have in memory already."""
+class Reader(Protocol):
+    """One stored file opened for many reads; safe to call from several threads."""
 
-    def read_cached(self, name: str, offset: int, destinations: Sequence[memoryview]) -> bool:
-        """Fill the views, one after the other, from ``offset`` on, if that needs no device; else False.
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        """See ``Store.read_into``."""
 
-        After False the views may hold anything. Raises as ``Store.read_into`` does.
+    def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
+        """Fill the views, one after the other, from ``offset`` on, if memory has the bytes already; else False.
+
+        After False the views may hold anything.
         """
+
+    def close(self) -> None:
+        """Give back what it holds; nothing is read after that."""
+
+
+@runtime_checkable
+class OpensReaders(Protocol):
+    """A store where opening a file once pays."""
+
+    def open_reader(self, name: str) -> Reader:
+        """Open a stored file. Raises as ``Store.read_into`` does."""
+
+
+def open_reader(store: Store, name: str) -> Reader:
+    """Open a stored file for many reads, on any store."""
+    return store.open_reader(name) if isinstance(store, OpensReaders) else PlainReader(store, name)
+
+
+class PlainReader:
+    """A reader that holds nothing open: every read names the file again."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        """See ``Reader.read_into``."""
+        self._store.read_into(self._name, offset, destination)
+
+    def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
+        """See ``Reader.read_cached``: never."""
+        return False
+
+    def close(self) -> None:
+        """See ``Reader.close``."""

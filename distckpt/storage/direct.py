@@ -120,28 +120,19 @@ POOL = BufferPool()
 """The process's own, for saves and loads."""
 
 
-def read_some(fd: int, view: memoryview, offset: int) -> int:
-    """Fill the front of a writable view from a file and return how many bytes: 0 where direct I/O does not pay.
+def read_direct(direct: int, view: memoryview, offset: int) -> int:
+    """Fill the front of a writable view from an O_DIRECT descriptor and return how many bytes; 0 where it is refused.
 
-    What the page cache has is copied from there (RWF_NOWAIT, preadv2(2)); the rest is read directly into an aligned
-    buffer, which is faster than filling the page cache and leaves it to others.
+    In place where memory and file are aligned alike, else by way of a reused buffer.
     """
-    if len(view) < DIRECT_READ or view.readonly:
-        return 0
     done = 0
-    with contextlib.suppress(OSError):  # EAGAIN: not in the cache; EOPNOTSUPP: cannot tell
-        done = os.preadv(fd, [view], offset, os.RWF_NOWAIT)
-    if done == len(view):
-        return done
-    try:
-        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
-        return done
-    try:
-        with POOL.lend() as buffer:
-            return _fill(direct, view, offset, done, buffer)
-    finally:
-        os.close(direct)
+    with POOL.lend() as buffer:
+        while done < len(view):
+            got = _read_aligned(direct, view[done:], offset + done, buffer)
+            if got <= 0:
+                break
+            done += got
+    return done
 
 
 def read_resident(fd: int, views: Sequence[memoryview], offset: int) -> bool:
@@ -158,27 +149,22 @@ def read_resident(fd: int, views: Sequence[memoryview], offset: int) -> bool:
     return True
 
 
-def _fill(direct: int, view: memoryview, offset: int, done: int, buffer: memoryview) -> int:
-    """Read the rest of the view: in place where memory and file are aligned alike, else by way of the buffer."""
-    while done < len(view):
-        start = (offset + done) // ALIGNMENT * ALIGNMENT
-        skip = offset + done - start
-        whole = (len(view) - done) // ALIGNMENT * ALIGNMENT
-        in_place = bool(whole) and not skip and address(view[done:]) % ALIGNMENT == 0
-        wanted = min(len(buffer), -(-(skip + len(view) - done) // ALIGNMENT) * ALIGNMENT)
-        try:
-            got = os.preadv(direct, [view[done : done + whole] if in_place else buffer[:wanted]], start)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
-            return done
-        useful = min(got - skip, len(view) - done)
-        if useful <= 0:
-            return done
-        if not in_place:
-            _libc.memmove(address(view[done:]), address(buffer) + skip, useful)
-        done += useful
-    return done
+def _read_aligned(direct: int, view: memoryview, offset: int, buffer: memoryview) -> int:
+    start = offset // ALIGNMENT * ALIGNMENT
+    skip = offset - start
+    whole = len(view) // ALIGNMENT * ALIGNMENT
+    in_place = bool(whole) and not skip and address(view) % ALIGNMENT == 0
+    wanted = min(len(buffer), -(-(skip + len(view)) // ALIGNMENT) * ALIGNMENT)
+    try:
+        got = os.preadv(direct, [view[:whole] if in_place else buffer[:wanted]], start)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        return 0
+    useful = min(got - skip, len(view))
+    if not in_place and useful > 0:
+        _libc.memmove(address(view), address(buffer) + skip, useful)
+    return useful
 
 
 def address(view: memoryview) -> int:

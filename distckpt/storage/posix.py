@@ -20,9 +20,9 @@ from typing import TypeVar
 from distckpt import failpoints
 from distckpt.errors import AlreadyExists, NotFound, StoreError
 from distckpt.storage import posix_files, posix_folders
-from distckpt.storage.base import Capabilities, Entry, Writer
-from distckpt.storage.direct import read_resident, read_some
-from distckpt.storage.paths import check_range, flat_bytes, mapped, split_folder, split_name
+from distckpt.storage.base import Capabilities, Entry, Reader, Writer
+from distckpt.storage.paths import check_range, mapped, split_folder, split_name
+from distckpt.storage.posix_reader import PosixReader
 
 TEMP_GRACE_S = 24 * 3600.0
 """A temporary file in an otherwise empty folder is litter of a killed process when it is older than this."""
@@ -102,28 +102,24 @@ class PosixStore:
 
     def read_into(self, name: str, offset: int, destination: memoryview) -> None:
         """See ``Store.read_into``; ``destination`` must be writable and contiguous."""
-        view = flat_bytes(memoryview(destination), writable=True)
 
         def body(fd: int, available: int) -> None:
-            check_range(self.path_of(name), offset, len(view), available)
-            done = read_some(fd, view, offset)
-            posix_files.read_all(fd, view[done:], offset + done)
-            self._count("bytes_read", len(view))
+            with contextlib.closing(PosixReader(fd, available, path=path, count=self._count)) as reader:
+                reader.read_into(offset, destination)
 
+        path = self.path_of(name)
         self._reading(name, body)
 
-    def read_cached(self, name: str, offset: int, destinations: Sequence[memoryview]) -> bool:
-        """See ``CachedReads.read_cached``: what the page cache has, scattered into the views in one copy."""
+    def open_reader(self, name: str) -> Reader:
+        """See ``OpensReaders.open_reader``."""
 
-        def body(fd: int, available: int) -> bool:
-            nbytes = sum(map(len, destinations))
-            check_range(self.path_of(name), offset, nbytes, available)
-            if not read_resident(fd, destinations, offset):
-                return False
-            self._count("bytes_read", nbytes)
-            return True
+        def again(offset: int, destination: memoryview) -> None:
+            self.read_into(name, offset, destination)
 
-        return self._reading(name, body)
+        path = self.path_of(name)
+        return self._reading(
+            name, lambda fd, available: PosixReader(fd, available, path=path, count=self._count, again=again)
+        )
 
     def size(self, name: str) -> int:
         """See ``Store.size``."""
