@@ -7,12 +7,14 @@ its manifest is there: what a removal may be about to free is never referred to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
+from distckpt.dcp.planner import runs
 from distckpt.dcp.writer import WrittenShard
 from distckpt.errors import CorruptCheckpoint, NotFound, SaveFailed, StoreError, UnsupportedVersion
 from distckpt.format import names
-from distckpt.format.manifest import Manifest
+from distckpt.format.manifest import Manifest, Reference
 from distckpt.format.reuse import Base, base_of
 from distckpt.format.runs import FileRef
 from distckpt.format.shard import stored_boxes
@@ -111,3 +113,30 @@ def check_bases(store: Store, paths: Sequence[str]) -> None:
                 f"{path} was removed while a save referred to it: by hand, or by a gc that keeps nothing; the next save "
                 "writes everything"
             ) from error
+
+
+def merged(by_rank: Iterable[Sequence[tuple[FileRef, int]]]) -> list[Reference]:
+    """Return all ranks' references (files, and bytes used of each) as the manifest has them: one for each attempt."""
+    used: Counter[str] = Counter()
+    files: dict[str, dict[FileRef, int]] = {}
+    for file, nbytes in (pair for references in by_rank for pair in references):
+        attempt, _, leaf = file.path.rpartition("/")
+        parsed = names.parse_shard_name(leaf)
+        assert parsed is not None
+        files.setdefault(attempt, {})[file] = parsed[0]
+        used[attempt] += nbytes
+    return [
+        Reference(
+            attempt=attempt,
+            shards=_count(found),
+            ranks=runs(sorted(found.values())),
+            size=sum(file.size for file in found),
+            used=used[attempt],
+        )
+        for attempt, found in sorted(files.items())
+    ]
+
+
+def _count(files: Iterable[FileRef]) -> int:
+    """Return how many shards the attempt has whose files these are."""
+    return max(parsed[1] for file in files if (parsed := names.parse_shard_name(file.path.rpartition("/")[2])))

@@ -18,7 +18,7 @@ from distckpt import clock, failpoints
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.fingerprint import combined, fingerprint
-from distckpt.dcp.incremental import Chain, check_bases
+from distckpt.dcp.incremental import Chain, check_bases, merged
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
 from distckpt.dcp.parallel import asked_by_one
 from distckpt.dcp.planner import (
@@ -50,8 +50,8 @@ from distckpt.errors import (
 from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
 from distckpt.format.commit import begin_attempt, commit, is_committed
-from distckpt.format.manifest import Manifest, Reference, ShardEntry
-from distckpt.format.reuse import merged
+from distckpt.format.manifest import Manifest, ShardEntry
+from distckpt.format.runs import FileRef
 from distckpt.format.shard import Piece
 from distckpt.storage.base import Store
 
@@ -104,7 +104,7 @@ class _Receipt(msgspec.Struct, array_like=True):
     sourced: dict[str, bytes]
     replicas: dict[str, str] | None
     weights: str
-    references: list[Reference]
+    references: list[tuple[FileRef, int]]
     base: str
     """Name of the manifest that ``references`` come from; empty where there are none."""
 

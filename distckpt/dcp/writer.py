@@ -16,8 +16,8 @@ from distckpt.dcp.buffers import copy_bytes
 from distckpt.dcp.parallel import run_all
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
-from distckpt.format.manifest import Reference
-from distckpt.format.reuse import Base, references, reuse
+from distckpt.format.reuse import Base, reuse, used_files
+from distckpt.format.runs import FileRef
 from distckpt.format.shard import (
     Extent,
     Piece,
@@ -49,7 +49,7 @@ class Staged:
 class WrittenShard:
     """What a rank knows of its shard: file size, digest of its header, bytes of tensors, each piece's digests.
 
-    ``references`` are the files of earlier checkpoints that it refers to.
+    ``references`` are the files of earlier checkpoints that it refers to, and how many bytes of each.
     """
 
     size: int
@@ -57,7 +57,7 @@ class WrittenShard:
     nbytes: int
     digests: tuple[tuple[str, ...], ...]
     plan: ShardPlan
-    references: tuple[Reference, ...]
+    references: tuple[tuple[FileRef, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def write_shard(
         sum(plan.nbytes),
         tuple(map(tuple, hashing.found)),
         plan,
-        tuple(references(known, plan.nbytes, block)) if known is not None else (),
+        tuple(used_files(known, plan.nbytes, block)) if known is not None else (),
     )
 
 

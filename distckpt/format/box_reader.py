@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range, tiling_error
@@ -67,36 +68,52 @@ def open_shard(store: Store, manifest: Manifest, folder: str, index: int) -> Sha
             f"{path}: this is rank {header.rank}'s shard of save {shown(header.save_id)}, not rank "
             f"{index}'s of {shown(manifest.save_id)}; shards were mixed up"
         )
-    if header.files:
-        known = {reference.file for reference in manifest.references}
-        strange = [file.path for file in header.files if file not in known]
-        if strange:
+    for file in header.files:
+        if not any(reference.names(file.path) for reference in manifest.references):
             raise ShardError(
-                f"{path}: refers to {strange[0]}, which the manifest does not name; it is damaged or hostile"
+                f"{path}: refers to {file.path}, which the manifest does not name; it is damaged or hostile"
             )
     return header
 
 
 def missing_references(store: Store, manifest: Manifest) -> dict[str, str]:
-    """Return what is wrong, by size alone, with the files of earlier steps that a checkpoint needs: name to words."""
-    found = {}
+    """Return what is wrong, by size alone, with the files of earlier steps that a checkpoint needs: name to words.
+
+    The manifest has the size of an attempt's files together: where it is another, all of them are to blame.
+    """
+    found: dict[str, str] = {}
     for reference in manifest.references:
-        wrong = size_problem(store, reference.path, reference.size)
-        if wrong is not None:
-            found[reference.path] = (
-                f"step {manifest.step} has {reference.used} bytes in this file, which {wrong}; {HINT}"
-            )
+        said = f"step {manifest.step} refers to it"
+        sizes: list[int] = []
+        with ThreadPoolExecutor(16, thread_name_prefix="distckpt-check") as pool:
+            for path, size in zip(
+                reference.paths, pool.map(partial(size_or_words, store), reference.paths), strict=True
+            ):
+                if isinstance(size, str):
+                    found[path] = f"{said}, but it {size}; {HINT}"
+                else:
+                    sizes.append(size)
+        if len(sizes) == len(reference.paths) and sum(sizes) != reference.size:
+            what = f"the files here have {sum(sizes)} bytes together, the manifest says {reference.size}"
+            found[reference.attempt if len(sizes) > 1 else reference.paths[0]] = f"{said}: {what}; {HINT}"
     return found
 
 
-def size_problem(store: Store, path: str, size: int) -> str | None:
-    """Say why a shard, by its size alone, cannot be the committed file; None if it can."""
+def size_or_words(store: Store, path: str) -> int | str:
+    """Return a file's size, or why it has none."""
     try:
-        found = store.size(path)
+        return store.size(path)
     except NotFound:
         return "is missing or not a regular file"
     except StoreError as error:
         return f"cannot be read: {error}"
+
+
+def size_problem(store: Store, path: str, size: int) -> str | None:
+    """Say why a shard, by its size alone, cannot be the committed file; None if it can."""
+    found = size_or_words(store, path)
+    if isinstance(found, str):
+        return found
     return None if found == size else f"has {found} bytes, the manifest says {size}"
 
 

@@ -135,10 +135,11 @@ def _space(free: int, total: int, newest_bytes: int | None) -> Finding:
 def reference_text(manifest: Manifest) -> str:
     """Say how much of a checkpoint is its own, and what it refers to."""
     own, used = sum(shard.size for shard in manifest.shards), sum(r.used for r in manifest.references)
-    steps = sorted({int(r.path.partition("/")[0].removeprefix("step-")) for r in manifest.references})
+    files = sum(stop - start for reference in manifest.references for start, stop in reference.ranks)
+    steps = sorted({int(r.attempt.partition("/")[0].removeprefix("step-")) for r in manifest.references})
     return (
-        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {len(manifest.references)} file"
-        f"{'s' * (len(manifest.references) > 1)} of step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {files} file{'s' * (files > 1)} of "
+        f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
     )
 
 
@@ -183,7 +184,7 @@ def _check_commits(
             sizes[commit] = sum(shard.size for shard in manifest.shards)
             reused[commit] = sum(reference.used for reference in manifest.references)
             if manifest.references:
-                referred[commit.manifest_path] = [reference.path for reference in manifest.references]
+                referred[commit.manifest_path] = [reference.attempt for reference in manifest.references]
                 findings.append(Finding("note", "incremental", reference_text(manifest)))
         except (CorruptCheckpoint, UnsupportedVersion, StoreError) as error:
             problems = [str(error)]

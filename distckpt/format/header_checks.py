@@ -14,7 +14,7 @@ from distckpt.errors import ShardError
 from distckpt.format.digest import block_count, is_digest
 from distckpt.format.dtypes import ITEMSIZES, stored_form
 from distckpt.format.limits import MAX_WORLD, name_problem, shape_problem, shown
-from distckpt.format.runs import MAX_FILES, FileRef, Run, overlap, reference_problem, run_bytes
+from distckpt.format.runs import MAX_FILES, FileRef, Run, file_problem, overlap, run_bytes
 from distckpt.format.shard import MAX_SAVE_ID, ShardHeader, StoredBox, check_block
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _files(meta: Meta, at: str) -> tuple[FileRef, ...]:
         raise ShardError(f"{at}.files: refers to {len(meta.files)} files (at most {MAX_FILES})")
     files = tuple(FileRef(*file) for file in meta.files)
     for file in files:
-        problem = reference_problem(file)
+        problem = file_problem(file.path)
         if problem is None and not is_digest(file.header):
             problem = f"{file.path}: its header is not a digest"
         if problem is not None:

@@ -16,8 +16,8 @@ from distckpt.errors import ManifestError, UnserializableState
 from distckpt.format.digest import digest
 from distckpt.format.limits import REUSING, VERSION, Count, check_version
 from distckpt.format.manifest_checks import check_manifest
+from distckpt.format.names import parse_shard_name, shard_name
 from distckpt.format.plain_json import canonical, strict_loads
-from distckpt.format.runs import FileRef
 
 FORMAT: Final = "distckpt"
 MAX_MANIFEST: Final = 256 << 20
@@ -63,17 +63,32 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
-    """A shard of an earlier checkpoint that holds ``used`` bytes of this one; its path is from the root."""
+    """Shards of an earlier attempt that hold a part of this checkpoint.
 
-    path: str
+    ``attempt`` is the attempt's folder, from the root, which has ``shards`` shards; those of ``ranks`` (runs
+    [start, stop), rising) are referred to. Together they have ``size`` bytes, of which ``used`` belong to this checkpoint.
+    """
+
+    attempt: str
+    shards: Count
+    ranks: list[list[Count]]
     size: Count
-    header: str
     used: Count
 
     @property
-    def file(self) -> FileRef:
-        """The file as a shard's header names it."""
-        return FileRef(self.path, self.size, self.header)
+    def paths(self) -> list[str]:
+        """The files, from the root."""
+        return [
+            f"{self.attempt}/{shard_name(r, self.shards)}" for start, stop in self.ranks for r in range(start, stop)
+        ]
+
+    def names(self, path: str) -> bool:
+        """Whether a file is one of them."""
+        folder, _, leaf = path.rpartition("/")
+        parsed = parse_shard_name(leaf)
+        if folder != self.attempt or parsed is None or parsed[1] != self.shards:
+            return False
+        return any(start <= parsed[0] < stop for start, stop in self.ranks)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``objects`` are replicated ones as typed JSON, ``per_rank`` the names of those that stand in each shard's
     header; ``shards[i]`` is rank i's. ``aliases`` maps the further names of a tied tensor to the stored one.
-    ``reused`` are the files of earlier checkpoints that its shards refer to; unset where they refer to none.
+    ``reused`` are the files of earlier checkpoints that its shards refer to, O(attempts); unset where there are none.
     """
 
     step: Count

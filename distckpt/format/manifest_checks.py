@@ -24,7 +24,7 @@ from distckpt.format.limits import (
     shown,
 )
 from distckpt.format.names import check_relative_path, parse_attempt_name, parse_shard_name, step_folder
-from distckpt.format.runs import MAX_FILES, reference_problem
+from distckpt.format.runs import MAX_FILES, attempt_problem
 
 if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
@@ -187,27 +187,31 @@ def _object_problem(manifest: Manifest) -> str | None:
 
 
 def _reference_problem(manifest: Manifest) -> str | None:
-    """Every reference is to another attempt's shard, of no later step or generation, and named once."""
+    """Every reference is to shards of another attempt, of no later step or generation, and each attempt is named once."""
     references = manifest.references
     if references and manifest.version[0] < 2:
         return f"$.reused: refers to other files, which format {manifest.version} does not do"
-    if len(references) > MAX_FILES * len(manifest.shards):
-        return f"$.reused has {len(references)} entries for {len(manifest.shards)} shards"
-    own = f"{step_folder(manifest.step)}/{manifest.attempt}/"
-    seen: set[str] = set()
+    own = f"{step_folder(manifest.step)}/{manifest.attempt}"
+    seen, files = {own}, 0
     for i, reference in enumerate(references):
-        problem = reference_problem(reference.file, step=manifest.step, generation=manifest.generation)
-        if problem is None and not is_digest(reference.header):
-            problem = "header is not a digest: 32 lowercase hex digits of xxh3-128"
-        if problem is None and reference.path.startswith(own):
-            problem = f"{reference.path} is of this very attempt"
-        if problem is None and reference.path in seen:
-            problem = f"{reference.path} stands twice"
-        if problem is None and not reference.used <= reference.size:
-            problem = f"{reference.used} bytes used of a file of {reference.size}"
+        problem = attempt_problem(reference.attempt, step=manifest.step, generation=manifest.generation)
+        if problem is None and reference.attempt in seen:
+            problem = f"{reference.attempt} {'is this very attempt' if reference.attempt == own else 'stands twice'}"
+        if problem is None and not 1 <= reference.shards <= MAX_WORLD:
+            problem = f"{reference.shards} shards, outside [1, {MAX_WORLD}]"
+        end = 0
+        for run in reference.ranks if problem is None else ():
+            if len(run) != 2 or not end <= run[0] < run[1] <= reference.shards:
+                problem = f"ranks has the run {run[:3]}, no [start, stop) of {reference.shards} shards after {end}"
+                break
+            files, end = files + run[1] - run[0], run[1]
+        if problem is None and not (reference.ranks and reference.used <= reference.size):
+            problem = f"{reference.used} bytes used of {reference.size} in {len(reference.ranks)} runs of ranks"
+        if problem is None and files > MAX_FILES * len(manifest.shards):
+            problem = f"{files} files for {len(manifest.shards)} shards"
         if problem is not None:
             return f"$.reused[{i}]: {problem}"
-        seen.add(reference.path)
+        seen.add(reference.attempt)
     return None
 
 

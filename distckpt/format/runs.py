@@ -74,16 +74,26 @@ def overlap(runs: Iterable[tuple[Run, int]]) -> str | None:
     return None
 
 
-def reference_problem(file: FileRef, *, step: int | None = None, generation: int | None = None) -> str | None:
-    """Say why a shard can't refer to this file, or return None: it must be a shard of an attempt, under the root.
-
-    ``step`` and ``generation`` are those of the checkpoint that refers: what it refers to is never newer.
-    """
-    folder, _, rest = file.path.partition("/")
-    attempt, _, leaf = rest.partition("/")
-    made_in, by = names.parse_step_folder(folder), names.parse_attempt_name(attempt)
-    if made_in is None or by is None or names.parse_shard_name(leaf) is None:
-        return f"{file.path[:300]!r} is no shard of a step of this root"
-    if (step is not None and made_in > step) or (generation is not None and by[0] > generation):
-        return f"{file.path} is of a later step or generation than what refers to it"
+def file_problem(path: str) -> str | None:
+    """Say why a shard can't refer to this file, or return None: it must be a shard of an attempt, under the root."""
+    folder, _, leaf = path.rpartition("/")
+    if names.parse_shard_name(leaf) is None or _parse_attempt(folder) is None:
+        return f"{path[:300]!r} is no shard of a step of this root"
     return None
+
+
+def attempt_problem(folder: str, *, step: int, generation: int) -> str | None:
+    """Say why a checkpoint of this step and generation can't refer to an attempt (its folder from the root), or None."""
+    made = _parse_attempt(folder)
+    if made is None:
+        return f"{folder[:300]!r} is no attempt at a step of this root"
+    if made[0] > step or made[1] > generation:
+        return f"{folder} is of a later step or generation than what refers to it"
+    return None
+
+
+def _parse_attempt(folder: str) -> tuple[int, int] | None:
+    """Return (step, generation) of an attempt's folder."""
+    above, _, attempt = folder.partition("/")
+    step, made = names.parse_step_folder(above), names.parse_attempt_name(attempt)
+    return None if step is None or made is None else (step, made[0])

@@ -63,5 +63,5 @@ def _used(store: Store, committed: Iterable[Committed]) -> tuple[set[str], set[s
         else:
             attempts = {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
             used |= {f"{commit.folder}/{attempt}" for attempt in attempts}
-            used |= {reference.path.rpartition("/")[0] for reference in manifest.references}
+            used |= {reference.attempt for reference in manifest.references}
     return used, unreadable

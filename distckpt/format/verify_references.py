@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distckpt.errors import ShardError, UnsupportedVersion
-from distckpt.format.box_reader import Block, blocks_of
-from distckpt.format.manifest import Manifest, Reference
-from distckpt.format.runs import HINT
+from distckpt.format.box_reader import Block, blocks_of, size_or_words, size_problem
+from distckpt.format.manifest import Manifest
+from distckpt.format.runs import HINT, FileRef
 from distckpt.format.shard import ShardHeader
 from distckpt.format.shard_header import read_header
 from distckpt.storage.base import Store
@@ -27,12 +27,18 @@ def check_references(
     references are one level deep. ``folder`` is the step folder; ``headers[i]`` is None where it cannot be read.
     """
     written: dict[str, _Written] = {}
-    for reference in manifest.references:
+    files = {file: rank for rank, header in enumerate(headers) if header is not None for file in header.files}
+    for file, rank in sorted(files.items()):
         try:
-            written[reference.path] = _written(store, reference)
+            written[file.path] = _written(store, file)
         except (ShardError, UnsupportedVersion) as error:
-            what = str(error).removeprefix(f"{reference.path}: ")
-            yield reference.path, None, None, f"step {manifest.step} has {reference.used} bytes here: {what}; {HINT}"
+            what = str(error).removeprefix(f"{file.path}: ")
+            yield file.path, None, rank, f"step {manifest.step} refers to it: {what}; {HINT}"
+    unread = {path for reference in manifest.references for path in reference.paths} - {file.path for file in files}
+    for path in sorted(unread) if None in headers else ():  # what the unreadable headers need
+        found = size_or_words(store, path)
+        if isinstance(found, str):
+            yield path, None, None, f"step {manifest.step} refers to it, but it {found}; {HINT}"
     for rank, header in enumerate(headers):
         if header is None or not header.files:
             continue
@@ -46,12 +52,15 @@ def check_references(
                         break
 
 
-def _written(store: Store, reference: Reference) -> _Written:
-    header = read_header(store, reference.path, file_size=reference.size, expect_digest=reference.header)
+def _written(store: Store, file: FileRef) -> _Written:
+    wrong = size_problem(store, file.path, file.size)
+    if wrong is not None:
+        raise ShardError(f"{file.path}: {wrong}")
+    header = read_header(store, file.path, file_size=file.size, expect_digest=file.header)
     found: _Written = {}
     for stored in header.boxes:
-        for block in blocks_of(stored, header.block, reference.path):
-            if block.path == reference.path:
+        for block in blocks_of(stored, header.block, file.path):
+            if block.path == file.path:
                 found[block.start] = block, header.block
     return found
 

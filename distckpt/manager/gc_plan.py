@@ -57,7 +57,7 @@ class GcPlan:
 
 def references(committed: Committed, manifest: Manifest) -> frozenset[str]:
     """Return the names on the store of every data file that a manifest needs: its own shards and those it refers to."""
-    return own_files(committed, manifest) | {reference.path for reference in manifest.references}
+    return own_files(committed, manifest).union(*(reference.paths for reference in manifest.references))
 
 
 def own_files(committed: Committed, manifest: Manifest) -> frozenset[str]:

@@ -75,7 +75,7 @@ def check(root: Path | str, step: int, wanted: dict[str, torch.Tensor]) -> None:
 
 def assert_physical(store: Store, checkpoint: Any) -> None:
     """Every byte that a shard refers to is one that the other file's header lists as its own data."""
-    own = {reference.path: data_of(store, reference.path) for reference in checkpoint.manifest.references}
+    own = {path: data_of(store, path) for reference in checkpoint.manifest.references for path in reference.paths}
     for number in range(len(checkpoint.manifest.shards)):
         header = checkpoint._index.header(number)
         for stored in (b for b in header.boxes if b.runs):
@@ -187,7 +187,7 @@ def test_going_back_refers_to_what_was_loaded(tmp_path: Path) -> None:
         m.load(1)
         assert_same(snapshot(model), first)
         assert written(m, step=3) < 0.01 * total(model)
-        assert {r.path.partition("/")[0] for r in open_checkpoint(tmp_path).manifest.references} == {"step-0000000001"}
+        assert {r.attempt.partition("/")[0] for r in open_checkpoint(tmp_path).manifest.references} == {"step-0000000001"}
         m.load(str(tmp_path / "step-0000000002"))
         with torch.no_grad():
             model.adapter.zero_()
@@ -237,7 +237,7 @@ def test_a_chain_of_ten_with_two_kept(tmp_path: Path, mode: str) -> None:
 
 def files_of(store: Store, committed: Any) -> list[str]:
     manifest = open_checkpoint(f"{store.url}/{committed.folder}").manifest
-    return [f"{committed.folder}/{s.path}" for s in manifest.shards] + [r.path for r in manifest.references]
+    return [f"{committed.folder}/{s.path}" for s in manifest.shards] + [path for r in manifest.references for path in r.paths]
 
 
 def test_pinned_steps_keep_what_they_refer_to(tmp_path: Path) -> None:
@@ -332,13 +332,13 @@ def test_a_step_copied_alone_says_what_is_missing_and_what_to_do(tmp_path: Path)
     chain_of(tmp_path / "run")
     (tmp_path / "alone").mkdir()
     shutil.copytree(tmp_path / "run/step-0000000002", tmp_path / "alone/step-0000000002")
-    with pytest.raises(CorruptCheckpoint, match=r"step-0000000001/.*missing.*--materialize") as refused:
+    with pytest.raises(CorruptCheckpoint, match=r"step-0000000001/.*step 2 refers to it.*missing.*--materialize") as refused:
         open_checkpoint(tmp_path / "alone/step-0000000002")
     assert "00000-of-00001.safetensors" in str(refused.value)
     store = open_store(tmp_path / "alone")
     for mode in ("quick", "full"):
         problems = verify(store, list_committed(store)[0], mode=mode).problems
-        assert any(p.file.startswith("step-0000000001/") and "step 2 has" in p.what for p in problems)
+        assert any(p.file.startswith("step-0000000001/") and "step 2 refers to it" in p.what for p in problems)
     with pytest.raises(CorruptCheckpoint, match="step-0000000001"):
         open_checkpoint(tmp_path / "alone")
 

@@ -81,8 +81,9 @@ def test_every_layout_loads_an_incremental_save(
     run_ranks(world, save_two, kind, world, tmp_path, background)
     newest = open_checkpoint(tmp_path)
     assert newest.verify("full").ok
-    assert len(newest.manifest.references) == world  # each rank refers to its own earlier shard
-    assert sum(r.used for r in newest.manifest.references) > 0
+    (reference,) = newest.manifest.references  # each rank refers to its own earlier shard
+    assert reference.paths == [f"{reference.attempt}/{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)]
+    assert 0 < reference.used < reference.size == sum(newest.store.size(path) for path in reference.paths)
     run_ranks(3, load_with_dcp, 3, tmp_path)
     for step, (other, ranks) in enumerate(loaders, 2):
         run_ranks(ranks, load_and_save, other, ranks, tmp_path, step)
@@ -151,7 +152,7 @@ def test_partly_changed_shards_of_any_cut_load_at_any_world_size(tmp_path: Path)
     assert checkpoint.verify("full").ok
     for name in ("rows", "columns", "copies"):
         assert torch.equal(checkpoint.read(f"model.{name}"), expected(5))
-    assert {r.path.partition("/")[0] for r in checkpoint.manifest.references} >= {"step-0000000001", "step-0000000003"}
+    assert {r.attempt.partition("/")[0] for r in checkpoint.manifest.references} >= {"step-0000000001", "step-0000000003"}
 
 
 def save_then_lose_base(rank: int, root: Path) -> list[str]:
@@ -161,7 +162,7 @@ def save_then_lose_base(rank: int, root: Path) -> list[str]:
         m.save(step=1)
         m.agreement.round("lose", b"", lambda _: b"".join([lose(root)]))
         m.save(step=2)
-        said = [reference.path.rpartition("/")[2] for reference in open_checkpoint(root).manifest.references]
+        said = [path.rpartition("/")[2] for r in open_checkpoint(root).manifest.references for path in r.paths]
         m.agreement.round("read", b"", lambda _: b"")
         if rank == 0:
             m.root.store.delete(Committed(2, 1, "step-0000000002/manifest-g000001.json").manifest_path)
@@ -194,7 +195,7 @@ def one_fails(rank: int, root: Path) -> Any:
             m.save(step=2)
         m.failures = 0
         m.save(step=3)
-        assert len(open_checkpoint(root).manifest.references) == 2
+        assert [len(r.paths) for r in open_checkpoint(root).manifest.references] == [2]
 
 
 def test_one_rank_that_fails_while_comparing_fails_the_save_on_all(tmp_path: Path) -> None:

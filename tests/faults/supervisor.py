@@ -303,7 +303,9 @@ def litter_on_disk(root: Path) -> set[str]:
     for path in root.glob("step-*/manifest-g*.json"):
         body = json.loads(path.read_bytes())["body"]
         needed |= {f"{path.parent.name}/{shard['path']}" for shard in body["shards"]}
-        needed |= {reference["path"] for reference in body.get("reused", [])}
+        for reference in body.get("reused", []):
+            ranks = [rank for run in reference["ranks"] for rank in range(*run)]
+            needed |= {f"{reference['attempt']}/{names.shard_name(rank, reference['shards'])}" for rank in ranks}
     found = {str(p.relative_to(root)) for p in root.rglob(f"{TEMP_PREFIX}*")}
     for folder in root.glob("step-*/g*"):
         files = {str(p.relative_to(root)) for p in folder.iterdir()}

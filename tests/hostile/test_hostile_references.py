@@ -13,13 +13,14 @@ import pytest
 
 from distckpt import open_checkpoint
 from distckpt.boxes import Box
+from distckpt.dcp.incremental import merged
 from distckpt.errors import CorruptCheckpoint, ManifestError, ShardError
 from distckpt.format import names
 from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.digest import block_digests, digest
 from distckpt.format.lineage import Committed, list_committed
 from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
-from distckpt.format.reuse import Base, base_of, references, reuse
+from distckpt.format.reuse import Base, base_of, reuse, used_files
 from distckpt.format.runs import FileRef
 from distckpt.format.shard import Piece, plan_shard, render_header, stored_boxes
 from distckpt.format.shard_header import parse_header
@@ -57,7 +58,7 @@ def save(store: PosixStore, step: int, data: list[bytes], base: Base | None, spo
         aliases={}, objects={}, per_rank=[], metrics={}, config=None, provenance=None, software={},
         shards=[ShardEntry(path=path.partition("/")[2], size=plan.size, header=digest(header))],
     )  # fmt: skip
-    found = references(known, plan.nbytes, BLOCK) if known is not None else []
+    found = merged([used_files(known, plan.nbytes, BLOCK)]) if known is not None else []
     committed = commit(store, manifest.referring(found), check_fencing=False)
     file = FileRef(path, plan.size, digest(header))
     boxes = stored_boxes(plan, digests)
@@ -231,14 +232,20 @@ def test_references_that_do_not_hit_the_right_block_are_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
-        ("path", "step-0000000002/g000001-00000002/00000-of-00001.safetensors", "this very attempt"),
-        ("path", "step-0000000003/g000001-00000002/00000-of-00001.safetensors", "later step or generation"),
-        ("path", "step-0000000001/g000002-00000002/00000-of-00001.safetensors", "later step or generation"),
-        ("path", "../../etc/passwd", "no shard of a step"),
-        ("path", "step-0000000001/g000001-00000001/00000-of-00001.safetensors/..", "no shard of a step"),
-        ("header", "0", "not a digest"),
-        ("used", 1 << 50, "bytes used of a file"),
+        ("attempt", "step-0000000002/g000001-00000002", "this very attempt"),
+        ("attempt", "step-0000000003/g000001-00000002", "later step or generation"),
+        ("attempt", "step-0000000001/g000002-00000002", "later step or generation"),
+        ("attempt", "../../etc/passwd", "no attempt at a step"),
+        ("attempt", "step-0000000001/g000001-00000001/..", "no attempt at a step"),
+        ("used", 1 << 50, "bytes used of"),
         ("size", -1, "int"),
+        ("shards", 0, "outside"),
+        ("shards", 1 << 30, "outside"),
+        ("ranks", [], "0 runs of ranks"),
+        ("ranks", [[0, 2]], r"no \[start, stop\)"),
+        ("ranks", [[0, 0]], r"no \[start, stop\)"),
+        ("ranks", [[0, 1], [0, 1]], r"no \[start, stop\)"),
+        ("ranks", [[0]], r"no \[start, stop\)"),
     ],
 )
 def test_hostile_manifests_are_refused(tmp_path: Path, field: str, value: Any, match: str) -> None:
@@ -259,8 +266,9 @@ def test_manifests_that_name_a_file_twice_or_say_version_1(tmp_path: Path) -> No
     write_manifest(path, {**plain, "reused": plain["reused"] * 2})
     with pytest.raises(ManifestError, match="stands twice"):
         open_checkpoint(tmp_path / newest.folder)
-    write_manifest(path, {**plain, "reused": plain["reused"] * 65})
-    with pytest.raises(ManifestError, match="65 entries for 1 shards"):
+    many = {**plain["reused"][0], "shards": 1 << 20, "ranks": [[0, 1 << 20]]}
+    write_manifest(path, {**plain, "reused": [many]})
+    with pytest.raises(ManifestError, match="1048576 files for 1 shards"):
         open_checkpoint(tmp_path / newest.folder)
     write_manifest(path, {**plain, "version": [1, 5]})
     with pytest.raises(ManifestError, match=r"format \(1, 5\) does not do"):
@@ -271,14 +279,14 @@ def test_another_file_in_the_place_of_the_one_referred_to(tmp_path: Path) -> Non
     """Whole in itself and of the right size: the digest of its header, and of every block, tells."""
     store, newest = build(tmp_path)
     other, _ = build(tmp_path / "other", steps=1)
-    reference = open_checkpoint(tmp_path / newest.folder).manifest.references[0]
-    data = bytearray((tmp_path / reference.path).read_bytes())
+    reference = open_checkpoint(tmp_path / newest.folder).manifest.references[0].paths[0]
+    data = bytearray((tmp_path / reference).read_bytes())
     at = data.find(b"s1")
     data[at : at + 2] = b"s9"
-    (tmp_path / reference.path).write_bytes(data)
+    (tmp_path / reference).write_bytes(data)
     problems = verify(store, newest).problems
-    assert [p.file for p in problems] == [reference.path]
-    assert "step 2 has" in problems[0].what
+    assert [p.file for p in problems] == [reference]
+    assert "step 2 refers to it" in problems[0].what
     assert other.url != store.url
 
 
