@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import typer
 
 from distckpt.boxes import Box
@@ -98,7 +99,7 @@ def _document(checkpoint: Checkpoint, tensors: bool) -> dict[str, Any]:
         "world_size": m.world_size, "engine": m.engine, "version": m.version, "software": m.software,
         "pinned": is_pinned(checkpoint.store, checkpoint.committed), "stray": _stray(checkpoint),
         "metrics": checkpoint.metrics, "nbytes": sum(shard.size for shard in m.shards), "shards": len(m.shards),
-        "references": m.references,
+        "references": [msgspec.to_builtins(reference) for reference in m.references],
         "tensors": listed if tensors else len(m.tensors), "aliases": m.aliases,
         "groups": [dict(zip(("name", "tensors", "nbytes", "dtypes"), group, strict=True)) for group in groups(m)],
         "objects": m.objects, "per_rank": m.per_rank, "config": m.config, "provenance": m.provenance,

@@ -13,7 +13,9 @@ from distckpt.format import names
 MAX_FILES: Final = 64
 """Files of earlier checkpoints that one shard may refer to, as readers accept it; a save refers to far fewer."""
 
-HINT: Final = "copy that file too, or make a copy that needs no other: distckpt convert --materialize SRC DST"
+HINT: Final = (
+    "copy that file too or, where it still is, make a copy that needs no other: distckpt convert --materialize SRC DST"
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)

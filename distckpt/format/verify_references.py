@@ -33,7 +33,7 @@ def check_references(
             written[file.path] = _written(store, file)
         except (ShardError, UnsupportedVersion) as error:
             what = str(error).removeprefix(f"{file.path}: ")
-            yield file.path, None, rank, f"step {manifest.step} refers to it: {what}; {HINT}"
+            yield file.path, None, rank, f"step {manifest.step} refers to it, but {what}; {HINT}"
     unread = {path for reference in manifest.references for path in reference.paths} - {file.path for file in files}
     for path in sorted(unread) if None in headers else ():  # what the unreadable headers need
         found = size_or_words(store, path)
@@ -55,7 +55,7 @@ def check_references(
 def _written(store: Store, file: FileRef) -> _Written:
     wrong = size_problem(store, file.path, file.size)
     if wrong is not None:
-        raise ShardError(f"{file.path}: {wrong}")
+        raise ShardError(f"{file.path}: it {wrong}")
     header = read_header(store, file.path, file_size=file.size, expect_digest=file.header)
     found: _Written = {}
     for stored in header.boxes:

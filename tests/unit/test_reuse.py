@@ -220,3 +220,35 @@ def test_safetensors_reads_what_is_in_the_file(tmp_path: Path) -> None:
     assert sharding.keys() == {"new", "empty", PACKED}
     assert ours["version"] == [2, 0]
     assert {r["key"]: [len(run) for run in r["runs"]] for r in ours["reused"]} == {"same": [3], "partly": [3, 1, 3]}
+
+
+@pytest.mark.parametrize(("percent", "written", "kept"), [(1, 0.03, 4.0), (5, 0.08, 4.0)])
+def test_over_many_saves_little_is_written_again_and_the_space_is_bounded(
+    percent: int, written: float, kept: float
+) -> None:
+    """Blocks change at random and two steps are kept: both stay bounded, by counts, in the steady state."""
+    blocks, saves, rng = 200, 150, np.random.default_rng(0)
+    piece = Piece("w", "uint8", (blocks * BLOCK,), Box((0,), (blocks * BLOCK,)))
+    values = np.arange(blocks)
+    base: Base | None = None
+    sizes: dict[str, int] = {}
+    needed: list[set[str]] = []
+    shares, space = [], []
+    for step in range(1, saves + 1):
+        digests = [[f"{value:032x}" for value in values]]
+        known = reuse(base, [piece], digests) if base is not None else None
+        plan = plan_shard([piece], rank=0, world_size=1, save_id="s", objects={}, block=BLOCK, reuse=known)
+        path = f"step-{step:010d}/g000001-00000000/00000-of-00001.safetensors"
+        sizes[path] = sum(extent.stop - extent.start for extent in plan.extents)
+        file = FileRef(path, plan.size, "0" * 32)
+        base = base_of(
+            stored_boxes(plan, digests), file, plan.files, block=BLOCK, step=step, generation=1, manifest_path="m"
+        )
+        needed = [*needed[-1:], {path} | {other.path for other in plan.files}]
+        shares.append(sizes[path] / (blocks * BLOCK))
+        space.append(sum(sizes[name] for name in set().union(*needed)) / (blocks * BLOCK))
+        values[rng.choice(blocks, blocks * percent // 100, replace=False)] = rng.integers(1 << 40, 1 << 60)
+        values[rng.choice(blocks, 1)] += 1 << 61  # no two steps alike
+    assert shares[0] == 1.0
+    assert np.mean(shares[1:]) < written
+    assert max(space) < kept
