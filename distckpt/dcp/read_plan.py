@@ -17,6 +17,7 @@ from distckpt.boxes import Box, is_flat_range
 from distckpt.dcp.leaves import torch_dtype
 from distckpt.errors import IncompatibleState
 from distckpt.format.dtypes import itemsize
+from distckpt.format.runs import cut, run_bytes
 from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 
@@ -128,7 +129,7 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
             )
     by_file: dict[tuple[int, str], list[Run]] = {}
     for (shard, _, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
-        for run in _runs(index, shard, stored, uses):
+        for run in _runs(stored, uses, index.header(shard).block, index.path(shard)):
             by_file.setdefault((shard, run.path), []).append(run)
     for every in by_file.values():
         every.sort(key=attrgetter("start"))
@@ -149,13 +150,15 @@ def _use(want: Want, stored: StoredBox) -> Use:
     return Use(want, common, source[0] * size, source[1] * size, target.data_ptr() + place[0] * size)
 
 
-def _runs(index: ShardIndex, shard: int, stored: StoredBox, uses: list[Use]) -> Iterator[Run]:
-    """Yield the runs of a stored box's blocks that hold wanted elements, in order."""
-    block = index.header(shard).block
-    for span in _union([span for use in uses for span in _touched(stored, use, block)]):
-        for path, first, last, start in index.places(shard, stored, *span):
+def _runs(stored: StoredBox, uses: list[Use], block: int, shard: str) -> Iterator[Run]:
+    """Yield the runs of a stored box's blocks that hold wanted elements, in order; ``shard`` is the file that lists it."""
+    for first, last in _union([span for use in uses for span in _touched(stored, use, block)]):
+        if not stored.runs:
             nbytes = min(last * block, stored.nbytes) - first * block
-            yield Run(path, stored, uses, first, last, start, nbytes, block)
+            yield Run(shard, stored, uses, first, last, stored.start + first * block, nbytes, block)
+        for part in cut(stored.runs, first, last, block):
+            nbytes = run_bytes(part, stored.nbytes, block)
+            yield Run(part.path or shard, stored, uses, part.first, part.first + part.count, part.start, nbytes, block)
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

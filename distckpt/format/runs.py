@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -44,6 +44,14 @@ def place(runs: Sequence[Run], number: int, block: int) -> tuple[str | None, int
     """Return (file, byte) where block ``number`` lies; ``block`` is the number of bytes of each but the last."""
     run = runs[bisect_right(runs, number, key=attrgetter("first")) - 1]
     return run.path, run.start + (number - run.first) * block
+
+
+def cut(runs: Sequence[Run], first: int, last: int, block: int) -> Iterator[Run]:
+    """Yield the parts of the runs that are blocks ``first`` up to ``last``, in order."""
+    for run in runs:
+        low, high = max(first, run.first), min(last, run.first + run.count)
+        if low < high:
+            yield Run(low, high - low, run.path, run.start + (low - run.first) * block)
 
 
 def run_bytes(run: Run, nbytes: int, block: int) -> int:

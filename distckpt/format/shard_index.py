@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from distckpt.boxes import Box
@@ -53,21 +53,8 @@ class ShardIndex:
         """Return the name on the store of a shard."""
         return f"{self.folder}/{self.manifest.shards[shard].path}"
 
-    def places(self, shard: int, stored: StoredBox, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
-        """Yield (file, first, last, byte) of blocks ``first`` up to ``last`` of a shard's box, cut by where they lie.
-
-        The file is the shard, or one of an earlier step that it refers to; blocks of one cut follow each other in it.
-        """
-        block, own = self.header(shard).block, self.path(shard)
-        if not stored.runs:
-            yield own, first, last, stored.start + first * block
-        for run in stored.runs:
-            low, high = max(first, run.first), min(last, run.first + run.count)
-            if low < high:
-                yield run.path or own, low, high, run.start + (low - run.first) * block
-
     def size(self, shard: int, path: str) -> int:
-        """Return how many bytes a file of ``places`` has, as the manifest or the header says."""
+        """Return how many bytes a shard, or a file that it refers to, has, as the manifest or its header says."""
         if path == self.path(shard):
             return self.manifest.shards[shard].size
         return next(file.size for file in self.header(shard).files if file.path == path)

@@ -15,7 +15,7 @@ from distckpt.boxes import Box
 from distckpt.format import reuse as module
 from distckpt.format.digest import block_digests, digest
 from distckpt.format.reuse import FEWER_FILES, LEAST_SHARE, MOST_FILES, Base, base_of, reuse, used_files, worth_keeping
-from distckpt.format.runs import FileRef, Run, attempt_problem, file_problem, joined, overlap, place, run_bytes
+from distckpt.format.runs import FileRef, Run, attempt_problem, cut, file_problem, joined, overlap, place, run_bytes
 from distckpt.format.shard import PACKED, Piece, Reuse, ShardPlan, plan_shard, render_header, stored_boxes
 from distckpt.format.shard_header import parse_header
 
@@ -38,6 +38,10 @@ def test_runs_give_back_the_places_that_they_were_made_of(where: list[tuple[str 
         found = place(runs, number, BLOCK)
         assert found[0] == at[0]
         assert at[0] is None or found == at
+    for first in range(0, len(where), 3):
+        parts = list(cut(runs, first, first + 5, BLOCK))
+        covered = [(n, place(parts, n, BLOCK)) for part in parts for n in range(part.first, part.first + part.count)]
+        assert covered == [(n, place(runs, n, BLOCK)) for n in range(first, min(first + 5, len(where)))]
     assert sum(run_bytes(run, len(where) * BLOCK - 5, BLOCK) for run in runs) == len(where) * BLOCK - 5
 
 
