@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -27,3 +28,18 @@ def run_all(work: Callable[[T], object], requests: Sequence[T], threads: int, na
         finally:
             for future in futures:
                 future.cancel()
+
+
+def asked_by_one(ask: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Return a check that several threads may call: one of them asks, the others meanwhile hear of nothing and go on."""
+    lock = threading.Lock()
+
+    def check() -> str | None:
+        if not lock.acquire(blocking=False):
+            return None
+        try:
+            return ask()
+        finally:
+            lock.release()
+
+    return check
