@@ -79,8 +79,8 @@ class _Receipt(msgspec.Struct, array_like=True):
     cover: int
     sourced: dict[str, bytes]
     weights: str
-    references: list[tuple[FileRef, int]]
-    base: str
+    references: list[tuple[FileRef, int]] = []
+    base: str = ""
     """Name of the manifest that ``references`` come from; empty where there are none."""
 
 
