@@ -189,7 +189,9 @@ def test_going_back_refers_to_what_was_loaded(tmp_path: Path) -> None:
         m.load(1)
         assert_same(snapshot(model), first)
         assert written(m, step=3) < 0.01 * total(model)
-        assert {r.attempt.partition("/")[0] for r in open_checkpoint(tmp_path).manifest.references} == {"step-0000000001"}
+        assert {r.attempt.partition("/")[0] for r in open_checkpoint(tmp_path).manifest.references} == {
+            "step-0000000001"
+        }
         m.load(str(tmp_path / "step-0000000002"))
         with torch.no_grad():
             model.adapter.zero_()
@@ -256,7 +258,9 @@ def only_rising_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def files_of(store: Store, committed: Any) -> list[str]:
     manifest = open_checkpoint(f"{store.url}/{committed.folder}").manifest
-    return [f"{committed.folder}/{s.path}" for s in manifest.shards] + [path for r in manifest.references for path in r.paths]
+    return [f"{committed.folder}/{s.path}" for s in manifest.shards] + [
+        path for r in manifest.references for path in r.paths
+    ]
 
 
 def test_pinned_steps_keep_what_they_refer_to(tmp_path: Path) -> None:
@@ -351,7 +355,9 @@ def test_a_step_copied_alone_says_what_is_missing_and_what_to_do(tmp_path: Path)
     chain_of(tmp_path / "run")
     (tmp_path / "alone").mkdir()
     shutil.copytree(tmp_path / "run/step-0000000002", tmp_path / "alone/step-0000000002")
-    with pytest.raises(CorruptCheckpoint, match=r"step-0000000001/.*step 2 refers to it.*missing.*--materialize") as refused:
+    with pytest.raises(
+        CorruptCheckpoint, match=r"step-0000000001/.*step 2 refers to it.*missing.*--materialize"
+    ) as refused:
         open_checkpoint(tmp_path / "alone/step-0000000002")
     assert "00000-of-00001.safetensors" in str(refused.value)
     store = open_store(tmp_path / "alone")
@@ -417,7 +423,9 @@ def test_what_is_gone_is_not_referred_to(tmp_path: Path) -> None:
         trace = failpoints.record()
         try:
             append = trace.append
-            hooked = type("Hook", (list,), {"append": lambda self, hit: (append(hit), "shard.written" in hit and steal())})()
+            hooked = type(
+                "Hook", (list,), {"append": lambda self, hit: (append(hit), "shard.written" in hit and steal())}
+            )()
             failpoints.record(hooked)
             assert m.save(step=3) is None  # ... and where it happens in the middle of a save, that one fails
         finally:

@@ -152,7 +152,10 @@ def test_partly_changed_shards_of_any_cut_load_at_any_world_size(tmp_path: Path)
     assert checkpoint.verify("full").ok
     for name in ("rows", "columns", "copies"):
         assert torch.equal(checkpoint.read(f"model.{name}"), expected(5))
-    assert {r.attempt.partition("/")[0] for r in checkpoint.manifest.references} >= {"step-0000000001", "step-0000000003"}
+    assert {r.attempt.partition("/")[0] for r in checkpoint.manifest.references} >= {
+        "step-0000000001",
+        "step-0000000003",
+    }
 
 
 def save_then_lose_base(rank: int, root: Path) -> list[str]:
