@@ -58,6 +58,12 @@ class CheckpointConfig:
     """Names of ``stateful`` entries whose state differs between ranks: each rank gets its own back."""
     drop_on_resize: Sequence[str] = ()
     """Like ``per_rank``, for state that means nothing on another world size and is then left as it is."""
+    incremental: bool = False
+    """Refer to what the checkpoint before holds already, block by block, instead of writing it again: for frozen
+    weights, LoRA, and embeddings of which few rows change."""
+    block_bytes: int = 1 << 20
+    """Bytes that one digest covers, 4 KiB to 8 MiB: the unit of checking, and of an incremental save. Rows that change here
+    and there in an embedding need one as small as a row."""
     start_fresh: bool = False
     """Start a new lineage where checkpoints exist: nothing older is ever resumed from again."""
     strict: bool = True
@@ -108,6 +114,13 @@ class CheckpointConfig:
         for name in ("per_rank", "drop_on_resize", "preemption_signals"):
             if isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: want a sequence of names, not one string")
+        if not 4096 <= self.block_bytes <= 8 << 20 or self.block_bytes % 4096:
+            raise ConfigError(f"block_bytes={self.block_bytes!r}: want a multiple of 4096 up to {8 << 20}")
+        if self.mode == "full" and self.incremental:
+            raise ConfigError(
+                "mode='full' makes files that hold whole tensors, for readers without distckpt: incremental=True, which "
+                "leaves out what earlier files have, needs mode='sharded'"
+            )
         if self.mode == "full" and self.async_save:
             raise ConfigError(
                 "mode='full' gathers tensors on the training thread: async_save=True needs mode='sharded'"

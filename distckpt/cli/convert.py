@@ -45,6 +45,11 @@ def convert(
             "--allow", metavar="CLASS", show_default=False, help="Read such pickled objects as plain attributes."
         ),
     ] = None,
+    materialize: bool = typer.Option(
+        False,
+        "--materialize",
+        help="Copy an incremental checkpoint whole, so that it needs no other file; DST is a root.",
+    ),
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -54,6 +59,7 @@ def convert(
     are described by a child process that can run nothing of them. An existing target is never overwritten.
     """
     from distckpt.importers.convert import convert as run
+    from distckpt.importers.materialize import materialize as copy_whole
 
     size = None if max_shard_size is None else _size(max_shard_size)
     done = 0
@@ -65,18 +71,25 @@ def convert(
             if show is not None:
                 show(done, 0)
 
-        report = run(
-            src,
-            dst,
-            to=to,
-            kind=kind,
-            step=step,
-            prefix=prefix,
-            optimizer=optimizer,
-            max_shard_size=size,
-            allow=tuple(allow or ()),
-            progress=progress,
-        )
+        if materialize:
+            if (to, kind in ("auto", "distckpt"), prefix, optimizer, size, allow) != (
+                "distckpt", True, "model.", None, None, None,
+            ):  # fmt: skip
+                raise ConfigError("--materialize copies a checkpoint as it is: it goes with --step only")
+            report = copy_whole(src, dst, step=step, progress=progress)
+        else:
+            report = run(
+                src,
+                dst,
+                to=to,
+                kind=kind,
+                step=step,
+                prefix=prefix,
+                optimizer=optimizer,
+                max_shard_size=size,
+                allow=tuple(allow or ()),
+                progress=progress,
+            )
     if json:
         print_json(report)
         return

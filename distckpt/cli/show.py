@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import typer
 
 from distckpt.boxes import Box
@@ -15,6 +16,7 @@ from distckpt.cli.output import Column, clean, print_json, print_table, readable
 from distckpt.cli.places import path_of, place
 from distckpt.format.catalog import is_pinned
 from distckpt.format.checkpoint import Checkpoint, open_checkpoint
+from distckpt.format.doctor import reference_text
 from distckpt.format.dtypes import itemsize
 from distckpt.format.lineage import Generation, lineage, list_committed, read_generations
 from distckpt.format.manifest import Manifest, TensorEntry
@@ -97,6 +99,7 @@ def _document(checkpoint: Checkpoint, tensors: bool) -> dict[str, Any]:
         "world_size": m.world_size, "engine": m.engine, "version": m.version, "software": m.software,
         "pinned": is_pinned(checkpoint.store, checkpoint.committed), "stray": _stray(checkpoint),
         "metrics": checkpoint.metrics, "nbytes": sum(shard.size for shard in m.shards), "shards": len(m.shards),
+        "references": [msgspec.to_builtins(reference) for reference in m.references],
         "tensors": listed if tensors else len(m.tensors), "aliases": m.aliases,
         "groups": [dict(zip(("name", "tensors", "nbytes", "dtypes"), group, strict=True)) for group in groups(m)],
         "objects": m.objects, "per_rank": m.per_rank, "config": m.config, "provenance": m.provenance,
@@ -117,6 +120,7 @@ def _print_facts(checkpoint: Checkpoint) -> None:
         ["epoch", "" if m.epoch is None else value_text(m.epoch)],
         ["time (UTC)", time_text(m.time)],
         ["size", f"{size_text(sum(shard.size for shard in m.shards))} in {_count(len(m.shards), 'shard')}"],
+        ["refers to", reference_text(m).partition(", ")[2] if m.references else ""],
         ["saved by", f"{_count(m.world_size, 'rank')}, engine {m.engine}, generation {m.generation}"],
         ["attempt", m.attempt],
         ["save id", m.save_id],

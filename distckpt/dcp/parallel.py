@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -39,3 +40,18 @@ def local_ranks() -> int:
 def processors() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def asked_by_one(ask: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Return a check that several threads may call: one of them asks, the others meanwhile hear of nothing and go on."""
+    lock = threading.Lock()
+
+    def check() -> str | None:
+        if not lock.acquire(blocking=False):
+            return None
+        try:
+            return ask()
+        finally:
+            lock.release()
+
+    return check

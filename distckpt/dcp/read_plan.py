@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -16,6 +17,7 @@ from distckpt.boxes import Box, is_flat_range
 from distckpt.dcp.leaves import torch_dtype
 from distckpt.errors import IncompatibleState
 from distckpt.format.dtypes import itemsize
+from distckpt.format.runs import cut, run_bytes
 from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 
@@ -61,8 +63,9 @@ class Use:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """Blocks ``first`` up to ``last`` of a stored box: ``nbytes`` bytes from ``start`` of the file, and who takes them."""
+    """Blocks ``first`` up to ``last`` of a stored box: ``nbytes`` bytes from ``start`` of ``path``, and who takes them."""
 
+    path: str
     stored: StoredBox
     uses: list[Use]
     first: int
@@ -80,10 +83,15 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Runs of one shard, in file order, read at once."""
+    """Runs of one file that one shard's boxes need, in file order, read at once."""
 
     shard: int
     runs: list[Run]
+
+    @property
+    def path(self) -> str:
+        """Name of the file on the store."""
+        return self.runs[0].path
 
     @property
     def start(self) -> int:
@@ -107,7 +115,7 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
     Opens the headers of the shards that can hold a wanted box, no others. Raises ``IncompatibleState`` where the
     checkpoint lacks a part of a want or the target has another shape.
     """
-    found: dict[tuple[int, int], tuple[StoredBox, list[Use]]] = {}
+    found: dict[tuple[int, int, str], tuple[StoredBox, list[Use]]] = {}
     for want in wants:
         if tuple(want.target.shape) != want.box.sizes:
             raise IncompatibleState(f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}")
@@ -115,17 +123,20 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
         for shard, stored in index.overlapping(want.fqn, want.box):
             use = _use(want, stored)
             covered += use.common.numel
-            found.setdefault((shard, stored.start), (stored, []))[1].append(use)
+            found.setdefault((shard, stored.start, stored.key), (stored, []))[1].append(use)
         if covered != want.box.numel:
             raise IncompatibleState(
                 f"{want.fqn}: checkpoint at {index.folder} holds {covered} of the {want.box.numel} elements of box "
                 f"{want.box.offsets}+{want.box.sizes}"
             )
-    by_shard: dict[int, list[Run]] = {}
-    for (shard, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
-        by_shard.setdefault(shard, []).extend(_runs(stored, uses, index.header(shard).block))
+    by_file: dict[tuple[int, str], list[Run]] = {}
+    for (shard, _, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
+        for run in _runs(stored, uses, index.header(shard).block, index.path(shard)):
+            by_file.setdefault((shard, run.path), []).append(run)
+    for every in by_file.values():
+        every.sort(key=attrgetter("start"))
     span = FAR_SPAN if index.store.capabilities.latency else SPAN
-    return [Request(shard, runs) for shard, every in by_shard.items() for runs in _packed(every, span)]
+    return [Request(shard, runs) for (shard, _), every in by_file.items() for runs in _packed(every, span)]
 
 
 def _use(want: Want, stored: StoredBox) -> Use:
@@ -142,11 +153,15 @@ def _use(want: Want, stored: StoredBox) -> Use:
     return Use(want, common, source[0] * size, source[1] * size, target.data_ptr() + place[0] * size)
 
 
-def _runs(stored: StoredBox, uses: list[Use], block: int) -> Iterator[Run]:
-    """Yield the runs of a stored box's blocks that hold wanted elements, in file order."""
+def _runs(stored: StoredBox, uses: list[Use], block: int, shard: str) -> Iterator[Run]:
+    """Yield the runs of a stored box's blocks that hold wanted elements, in order; ``shard`` is the file that lists it."""
     for first, last in _union([span for use in uses for span in _touched(stored, use, block)]):
-        nbytes = min(last * block, stored.nbytes) - first * block
-        yield Run(stored, uses, first, last, stored.start + first * block, nbytes, block)
+        if not stored.runs:
+            nbytes = min(last * block, stored.nbytes) - first * block
+            yield Run(shard, stored, uses, first, last, stored.start + first * block, nbytes, block)
+        for part in cut(stored.runs, first, last, block):
+            nbytes = run_bytes(part, stored.nbytes, block)
+            yield Run(part.path or shard, stored, uses, part.first, part.first + part.count, part.start, nbytes, block)
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -214,5 +229,6 @@ def _cut(run: Run, room: int) -> tuple[Run, Run | None]:
         return run, None
     count = max(1, room // run.block)
     nbytes = count * run.block
-    head = Run(run.stored, run.uses, run.first, run.first + count, run.start, nbytes, run.block)
-    return head, Run(run.stored, run.uses, head.last, run.last, run.start + nbytes, run.nbytes - nbytes, run.block)
+    head = Run(run.path, run.stored, run.uses, run.first, run.first + count, run.start, nbytes, run.block)
+    start, left = run.start + nbytes, run.nbytes - nbytes
+    return head, Run(run.path, run.stored, run.uses, head.last, run.last, start, left, run.block)

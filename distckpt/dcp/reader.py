@@ -9,10 +9,9 @@ holds it. Nothing is gathered; ranks that want the same bytes may read them for 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from distckpt.errors import ShardError, StoreError
 from distckpt.format import digest as digests
 from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
+from distckpt.format.runs import HINT
 from distckpt.format.shard_index import ShardIndex
 from distckpt.storage.base import PlainReader, Reader, Store, open_reader
 from distckpt.storage.direct import ALIGNMENT, POOL, address
@@ -97,7 +97,7 @@ class CheckpointReader:
         with _OpenFiles(self.store) as files:
 
             def run(request: Request) -> None:
-                self._run(files.get(self.index.path(request.shard)), request, compare)
+                self._run(self._file(files, request), request, compare)
                 if progress is not None:
                     progress(request.stop - request.start)
 
@@ -119,7 +119,7 @@ class CheckpointReader:
         with _OpenFiles(self.store) as files:
 
             def fetch(request: Request, buffer: memoryview) -> None:
-                self._fetch(files.get(self.index.path(request.shard)), request, buffer)
+                self._fetch(self._file(files, request), request, buffer)
                 self._count(request.stop - request.start, 0)
 
             def deliver(request: Request, buffer: memoryview) -> None:
@@ -141,15 +141,19 @@ class CheckpointReader:
         if not compare and request.in_place and self._read_cached(file, request):
             self._count(nbytes, nbytes)
             return
-        with _buffer(nbytes + 2 * ALIGNMENT) as buffer:
+        with POOL.lend(nbytes + 2 * ALIGNMENT) as buffer:
             self._fetch(file, request, buffer)
             self._count(nbytes, 0)
             self._deliver(request, buffer, compare)
 
+    def _file(self, files: _OpenFiles, request: Request) -> Reader:
+        with self._named(request):  # a file of an earlier step may be gone, and nothing has looked at it yet
+            return files.get(request.path)
+
     def _fetch(self, file: Reader, request: Request, buffer: memoryview) -> None:
         """Fill the front of a buffer with a request's bytes, whole pages of the file where there are any."""
         start, stop = share.span(request)
-        stop = min(self.manifest.shards[request.shard].size, stop)
+        stop = min(self.index.size(request.shard, request.path), stop)
         with self._named(request):
             file.read_into(start, buffer[: stop - start])
 
@@ -159,9 +163,14 @@ class CheckpointReader:
             yield
         except StoreError as error:
             raise ShardError(
-                f"{self.index.path(request.shard)}: bytes {request.start}..{request.stop} of rank {request.shard}'s shard "
-                f"cannot be read: {error}"
+                f"{request.path}: bytes {request.start}..{request.stop} of rank {request.shard}'s shard "
+                f"cannot be read: {error}{self._referrer(request)}"
             ) from error
+
+    def _referrer(self, request: Request) -> str:
+        """Say which shard needs a file of an earlier step."""
+        own = self.index.path(request.shard)
+        return "" if request.path == own else f"; {own} refers to it. If it is not there, {HINT}"
 
     def _count(self, nbytes: int, in_place: int) -> None:
         with self._lock:
@@ -175,28 +184,40 @@ class CheckpointReader:
         with self._named(request):
             if not file.read_cached(request.start, views):
                 return False
-        path = self.index.path(request.shard)
         for run, view in zip(request.runs, views, strict=True):
             for number in range(run.first, run.last):
-                _verify(path, request.shard, run, number, view)
+                self._verify(request, run, number, view)
         return True
 
     def _deliver(self, request: Request, buffer: memoryview, compare: bool) -> None:
         """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
-        path, start = self.index.path(request.shard), share.span(request)[0]
+        start = share.span(request)[0]
         for run in request.runs:
             data = buffer[run.start - start : run.start - start + run.nbytes]
             source = address(data) - run.first * run.block
             for number in range(run.first, run.last):
-                _verify(path, request.shard, run, number, data)
+                self._verify(request, run, number, data)
                 if not compare:
                     _hand_out(run, number, source)
             for use in run.uses:
                 if compare or not use.address:
                     self._scatter(run, use, data, compare)
 
+    def _verify(self, request: Request, run: Run, number: int, data: memoryview) -> None:
+        """Compare one block of a run, whose bytes ``data`` holds, with its digest."""
+        begin = (number - run.first) * run.block
+        part = data[begin : begin + run.block]
+        if digests.digest(part) != run.stored.digests[number]:
+            start = run.start + begin
+            raise ShardError(
+                f"{request.path}: bytes {start}..{start + len(part)} of {run.stored.fqn} (written by rank {request.shard}) "
+                f"do not match their digest; the file is damaged: fall back to an older checkpoint{self._referrer(request)}"
+            )
+
     def _scatter(self, run: Run, use: Use, data: memoryview, compare: bool) -> None:
         stored, want = run.stored, use.want
+        if address(data) % itemsize(stored.dtype):  # a block of its own in an incremental shard starts at any byte
+            data = memoryview(bytearray(data))
         values = torch.frombuffer(data, dtype=torch.uint8).view(torch_dtype(stored.dtype))
         first, at = run.first * run.block // itemsize(stored.dtype), 0
         for region in flat_range_to_boxes(stored.box.sizes, first, first + values.numel()):
@@ -248,25 +269,6 @@ def _hand_out(run: Run, number: int, source: int) -> None:
         begin, end = max(use.begin, low), min(use.end, high)
         if use.address and begin < end:
             move(use.address + begin - use.begin, source + begin, end - begin)
-
-
-def _verify(path: str, shard: int, run: Run, number: int, data: memoryview) -> None:
-    """Compare one block of a run, whose bytes ``data`` holds, with its digest."""
-    begin = (number - run.first) * run.block
-    part = data[begin : begin + run.block]
-    if digests.digest(part) != run.stored.digests[number]:
-        start = run.start + begin
-        raise ShardError(
-            f"{path}: bytes {start}..{start + len(part)} of {run.stored.fqn} (written by rank {shard}) do not match their "
-            "digest; the file is damaged: fall back to an older checkpoint"
-        )
-
-
-def _buffer(nbytes: int) -> AbstractContextManager[memoryview]:
-    """Lend a page-aligned buffer; a file whose blocks are longer than usual gets one of its own."""
-    if nbytes <= POOL.nbytes:
-        return POOL.lend()
-    return nullcontext(memoryview(mmap.mmap(-1, nbytes)))
 
 
 def _memory(where: int, nbytes: int) -> memoryview:

@@ -7,7 +7,6 @@ through three rounds: plan (on the training thread, see ``agreed.py``), begin, c
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,9 @@ from distckpt.dcp.agreed import AgreedPlan
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.cover import added, cover_of
 from distckpt.dcp.fingerprint import combined, fingerprint
+from distckpt.dcp.incremental import Chain, check_bases, merged
 from distckpt.dcp.leaves import DROP_ON_RESIZE, GROUPS, PER_RANK, REPLICATED, State
+from distckpt.dcp.parallel import asked_by_one
 from distckpt.dcp.planner import Plan, Row, check_tiling, manifest_tensors, pieces_for
 from distckpt.dcp.replicas import Claims, disagreeing, object_claims, refuse
 from distckpt.dcp.tables import Table
@@ -38,9 +39,11 @@ from distckpt.errors import (
     StaleGeneration,
     UnserializableState,
 )
+from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
 from distckpt.format.commit import begin_attempt, commit, is_committed
 from distckpt.format.manifest import Manifest, ShardEntry
+from distckpt.format.runs import FileRef
 from distckpt.storage.base import Store
 
 log = logging.getLogger("distckpt")
@@ -76,6 +79,9 @@ class _Receipt(msgspec.Struct, array_like=True):
     cover: int
     sourced: dict[str, bytes]
     weights: str
+    references: list[tuple[FileRef, int]] = []
+    base: str = ""
+    """Name of the manifest that ``references`` come from; empty where there are none."""
 
 
 def table_of(state: State) -> Table:
@@ -101,19 +107,32 @@ def write_and_commit(
     timeout_s: float,
     before_write: Callable[[], None] = lambda: None,
     before_receipt: Callable[[], None] = lambda: None,
+    block: int = digests.BLOCK,
+    chain: Chain | None = None,
 ) -> str:
     """Write this rank's shard, and commit the checkpoint with all others; returns the manifest's name on the store.
 
     ``before_write`` runs once the attempt has begun (a full save sends tensors to the leader there), ``before_receipt``
-    once the shard is durable; what either raises fails the save on every rank.
+    once the shard is durable; what either raises fails the save on every rank. ``block`` is the number of bytes of each
+    digest. With ``chain`` what the checkpoint before holds already is referred to.
     Every rank gets the same answer. Raises ``SaveFailed`` (or ``StaleGeneration``, ``LayoutChanged``,
     ``ReplicasDiffer``) with all failed ranks' causes; ``CommitInDoubt`` where storage could not be asked either.
     """
     deadline = Deadline.after(timeout_s)
     try:
-        return _attempt(agreement, store, agreed, request, source, threads, deadline, before_write, before_receipt)
+        path = _attempt(
+            agreement, store, agreed, request, source, threads, deadline, before_write, before_receipt, block, chain
+        )
     except AgreementError as error:
-        return _resolve(store, request, error)
+        try:
+            path = _resolve(store, request, error)
+        except CommitInDoubt:
+            if chain is not None:
+                chain.forget()
+            raise
+    if chain is not None:
+        chain.committed()
+    return path
 
 
 def _attempt(
@@ -126,6 +145,8 @@ def _attempt(
     deadline: Deadline,
     before_write: Callable[[], None],
     before_receipt: Callable[[], None],
+    block: int,
+    chain: Chain | None,
 ) -> str:
     failpoints.hit("save.begin", request.save_id)
     begin_key, commit_key = f"{request.save_id}/begin", f"{request.save_id}/commit"
@@ -137,6 +158,7 @@ def _attempt(
         path = f"{attempt}/{names.shard_name(agreement.rank, agreement.world_size)}"
         own = {n: v for n, v in request.objects.items() if agreed.written.objects[n] in (PER_RANK, DROP_ON_RESIZE)}
         before_write()
+        base = None if chain is None else chain.base(request.step, request.generation)
         written = write_shard(
             store,
             f"{names.step_folder(request.step)}/{path}",
@@ -147,16 +169,26 @@ def _attempt(
             save_id=request.save_id,
             objects=own,
             threads=threads,
-            stopped=_watch(agreement, commit_key),
+            stopped=asked_by_one(lambda: agreement.aborted(commit_key)),
+            block=block,
+            base=base,
         )
         store.sync_folder(folder)
         failpoints.hit("save.synced", request.save_id)
         before_receipt()
-        receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written))
+        if chain is not None:
+            shard = f"{names.step_folder(request.step)}/{path}"
+            chain.written(written, shard, step=request.step, generation=request.generation)
+        used = base.manifest_path if base is not None and written.references else ""
+        receipt = msgspec.msgpack.encode(_receipt(agreement.rank, agreed, request, written, used))
 
     def decide(payloads: list[bytes]) -> bytes:
         receipts = [msgspec.msgpack.decode(p, type=_Receipt) for p in payloads]
-        return commit(store, _manifest(agreed, request, attempt, receipts)).encode()
+        bases = {receipt.base for receipt in receipts}
+        check_bases(store, bases)
+        committed = commit(store, _manifest(agreed, request, attempt, receipts))
+        check_bases(store, bases, committed=True)
+        return committed.encode()
 
     failpoints.hit("save.receipt", request.save_id)
     path = agreement.round(commit_key, receipt, decide, deadline=deadline).decode()
@@ -193,22 +225,7 @@ def _begin(
     return verdict.decode()
 
 
-def _watch(agreement: Agreement, key: str) -> Callable[[], str | None]:
-    """Return a check for a peer's failure that several writer threads may call: one asks, the others go on."""
-    lock = threading.Lock()
-
-    def stopped() -> str | None:
-        if not lock.acquire(blocking=False):
-            return None
-        try:
-            return agreement.aborted(key)
-        finally:
-            lock.release()
-
-    return stopped
-
-
-def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard) -> _Receipt:
+def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: WrittenShard, base: str) -> _Receipt:
     return _Receipt(
         size=written.size,
         header=written.header,
@@ -220,6 +237,8 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
             if rank in agreed.written.sources.get(name, ())
         },
         weights=fingerprint(agreed.pieces, written.digests, request.trained),
+        references=list(written.references),
+        base=base,
     )
 
 
@@ -231,7 +250,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
     if weights and isinstance(provenance, Mapping):
         provenance = {**provenance, "weights": weights}
     world = len(receipts)
-    return Manifest(
+    manifest = Manifest(
         step=request.step,
         epoch=request.epoch,
         time=clock.utc_text(),
@@ -255,6 +274,7 @@ def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: 
         ],
         plan=agreed.entry(),
     )
+    return manifest.referring(merged(r.references for r in receipts))
 
 
 def _check_receipts(agreed: AgreedPlan, step: int, receipts: Sequence[_Receipt]) -> None:

@@ -41,7 +41,7 @@ class Rates:
 
 def fingerprint(requests: Sequence[Request]) -> str:
     """Return a digest of what is to be read: equal on ranks that want the same blocks, wherever they put them."""
-    runs = [(r.shard, run.start, run.nbytes) for r in requests for run in r.runs]
+    runs = [(r.path, run.start, run.nbytes) for r in requests for run in r.runs]
     return digest(repr(runs).encode())
 
 

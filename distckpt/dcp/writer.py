@@ -2,12 +2,12 @@
 
 The data region of the file is cut into requests of equal, aligned size, whatever tensors they hold, so that a
 thousand small tensors cost no more than a large one. Several threads each fill a reused buffer, hash, and write; the
-header, which holds the digests, comes last.
+header, which holds the digests, comes last. An incremental save hashes everything first, and writes what changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,16 @@ from distckpt.dcp.buffers import copy_bytes
 from distckpt.dcp.parallel import run_all
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
-from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
+from distckpt.format.reuse import Base, reuse, used_files
+from distckpt.format.runs import FileRef
+from distckpt.format.shard import (
+    Extent,
+    Piece,
+    ShardPlan,
+    place_pieces,
+    plan_shard,
+    render_header,
+)
 from distckpt.storage.base import Store, Writer
 from distckpt.storage.direct import ALIGNMENT, POOL, REQUEST, address
 
@@ -38,12 +47,17 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What a rank knows of its shard: file size, digest of its header, bytes of tensors, each piece's digests."""
+    """What a rank knows of its shard: file size, digest of its header, bytes of tensors, each piece's digests.
+
+    ``references`` are the files of earlier checkpoints that it refers to, and how many bytes of each.
+    """
 
     size: int
     header: str
     nbytes: int
-    digests: tuple[tuple[str, ...], ...] = ()
+    digests: tuple[tuple[str, ...], ...]
+    plan: ShardPlan
+    references: tuple[tuple[FileRef, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,74 +91,111 @@ def write_shard(
     objects: Mapping[str, Any],
     threads: int = 4,
     stopped: Callable[[], str | None] = lambda: None,
+    block: int = digests.BLOCK,
+    base: Base | None = None,
 ) -> WrittenShard:
     """Write a shard durably and return its receipt; the name must be new.
 
     A ``Staged`` source is written from its image without another copy. ``stopped`` is asked before every request: a
-    text means that a peer has failed, and ends the writing with ``AgreementError``. Storage errors come out as they are
-    (``OSError``); the file is then removed where possible.
+    text means that a peer has failed, and ends the writing with ``AgreementError``. ``block`` is the number of bytes of
+    each digest. With ``base`` blocks that are in its files already are referred to, not written; the source is asked
+    for every piece twice then. Storage errors come out as they are (``OSError``); the file is then removed where
+    possible.
     """
-    plan = plan_shard(list(pieces), rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects))
+    pieces = list(pieces)
+    hashing = _Hashing(pieces, source, block, stopped)
+    known = None
+    if base is not None and base.block == block:
+        run_all(hashing, list(_requests(hashing.extents())), threads, "hash")
+        known = reuse(base, pieces, hashing.found)
+        failpoints.hit("shard.compared", name)
+    plan = plan_shard(
+        pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
+    )
     writer = store.open_writer(name, plan.size)
-    job = _Job(writer, plan, source, stopped)
+    job = _Job(writer, plan, hashing, source, hashed=base is not None and base.block == block)
     try:
-        requests = list(_requests(plan))
+        requests = list(_requests(plan.extents))
         if store.capabilities.random_write:
             run_all(job.hash_and_write, requests, threads, "write")
             failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(job.header()))
         else:  # strictly rising offsets: hash everything first
-            run_all(lambda request: job.hash(request, job.views(request)), requests, threads, "write")
+            if not job.hashed:
+                run_all(hashing, requests, threads, "write")
             failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(job.header()))
             for request in requests:
-                job.write(request, job.views(request))
+                job.write(request, hashing.views(request))
         writer.commit()
     except BaseException:
         writer.abort()
         raise
     failpoints.hit("shard.written", name)
-    return WrittenShard(plan.size, digests.digest(job.header()), sum(plan.nbytes), tuple(map(tuple, job.found)))
+    return WrittenShard(
+        plan.size,
+        digests.digest(job.header()),
+        sum(plan.nbytes),
+        tuple(map(tuple, hashing.found)),
+        plan,
+        tuple(used_files(known, plan.nbytes, block)) if known is not None else (),
+    )
 
 
-class _Job:
-    """One shard being written; ``hash`` and ``write`` run on several threads, each request on one."""
+class _Hashing:
+    """Digests of all blocks of a rank's pieces; called on several threads, each request on one."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        plan: ShardPlan,
-        source: Source,
-        stopped: Callable[[], str | None],
-    ) -> None:
-        self._writer, self._plan, self._source, self._stopped = writer, plan, source, stopped
-        self._image = source.image if isinstance(source, Staged) else None
-        self.found: list[list[str]] = [[""] * digests.block_count(nbytes, plan.block) for nbytes in plan.nbytes]
-        self._header = b""
+    def __init__(self, pieces: Sequence[Piece], source: Source, block: int, stopped: Callable[[], str | None]) -> None:
+        self._source, self._block, self._stopped = source, block, stopped
+        self._order, _, self._nbytes = place_pieces(pieces)
+        self.found: list[list[str]] = [[""] * digests.block_count(nbytes, block) for nbytes in self._nbytes]
+
+    def extents(self) -> list[Extent]:
+        """Return all pieces, as they would follow each other in a file that has them whole."""
+        return [Extent(i, 0, self._nbytes[i]) for i in self._order]
 
     def views(self, request: _Request) -> list[memoryview]:
         """Return the whole pieces that have a part in the request, each asked for once."""
         return [self._source(part.piece) for part in request.parts]
 
-    def hash_and_write(self, request: _Request) -> None:
-        """Do both while the bytes are in the processor's cache."""
-        views = self.views(request)
-        self.hash(request, views)
-        self.write(request, views)
+    def __call__(self, request: _Request) -> None:
+        """Digest a request that is not written (now)."""
+        self.check()
+        self.hash(request, self.views(request))
+
+    def check(self) -> None:
+        """Raise ``AgreementError`` if a peer has failed meanwhile."""
+        reason = self._stopped()
+        if reason is not None:
+            raise AgreementError(f"writing stopped because another rank failed: {reason}")
 
     def hash(self, request: _Request, views: Sequence[memoryview]) -> None:
         """Digest every block that begins in this request (it may end in the next)."""
-        block = self._plan.block
+        block = self._block
         for part, view in zip(request.parts, views, strict=True):
             first, last = -(-part.start // block), -(-part.stop // block)
             if first < last:
                 self.found[part.piece][first:last] = digests.block_digests(view[first * block : last * block], block)
 
+
+class _Job:
+    """One shard being written, by several threads, each request on one."""
+
+    def __init__(self, writer: Writer, plan: ShardPlan, hashing: _Hashing, source: Source, *, hashed: bool) -> None:
+        self._writer, self._plan, self._hashing, self.hashed = writer, plan, hashing, hashed
+        self._image = source.image if isinstance(source, Staged) and not plan.files else None
+        self._header = b""
+
+    def hash_and_write(self, request: _Request) -> None:
+        """Do both while the bytes are in the processor's cache."""
+        views = self._hashing.views(request)
+        if not self.hashed:
+            self._hashing.hash(request, views)
+        self.write(request, views)
+
     def write(self, request: _Request, views: Sequence[memoryview]) -> None:
         """Write one request: from the image, from the tensor itself, or from a buffer filled here."""
-        reason = self._stopped()
-        if reason is not None:
-            raise AgreementError(f"writing stopped because another rank failed: {reason}")
+        self._hashing.check()
         offset = self._plan.data_start + request.offset
         if self._image is not None:
             self._writer.write_at(offset, self._image[request.offset : request.offset + request.size])
@@ -161,18 +212,18 @@ class _Job:
     def header(self) -> bytes:
         """Return the file's first bytes; all blocks must be hashed."""
         if not self._header:
-            self._header = render_header(self._plan, self.found)
+            self._header = render_header(self._plan, self._hashing.found)
         return self._header
 
 
-def _requests(plan: ShardPlan) -> Iterator[_Request]:
-    """Cut the data region into requests of ``REQUEST`` bytes, the last one shorter."""
+def _requests(extents: Iterable[Extent]) -> Iterator[_Request]:
+    """Cut extents that follow each other into requests of ``REQUEST`` bytes, the last one shorter."""
     offset, filled, parts = 0, 0, []
-    for index in plan.order:
-        start = 0
-        while start < plan.nbytes[index]:
-            stop = min(plan.nbytes[index], start + REQUEST - filled)
-            parts.append(_Part(index, start, stop, filled))
+    for extent in extents:
+        start = extent.start
+        while start < extent.stop:
+            stop = min(extent.stop, start + REQUEST - filled)
+            parts.append(_Part(extent.piece, start, stop, filled))
             filled += stop - start
             start = stop
             if filled == REQUEST:

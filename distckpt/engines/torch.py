@@ -273,7 +273,9 @@ def _synced_buffers(model: nn.Module) -> dict[int, int]:
 def _rescaled(model: nn.Module) -> set[str]:
     """Return the names of parameters that a forward pass changes: embeddings with ``max_norm`` scale rows in place."""
     scaling = {
-        id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
     }
     named = model.named_parameters(remove_duplicate=False)
     return {MODEL + clean_fqn(name) for name, parameter in named if id(parameter) in scaling}

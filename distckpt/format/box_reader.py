@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range, tiling_error
@@ -17,6 +18,7 @@ from distckpt.format.digest import digest
 from distckpt.format.dtypes import itemsize
 from distckpt.format.limits import shown
 from distckpt.format.manifest import Manifest
+from distckpt.format.runs import HINT, place, run_bytes
 from distckpt.format.shard import ShardHeader, StoredBox
 from distckpt.format.shard_header import read_header
 from distckpt.storage.base import Store
@@ -34,10 +36,11 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One digested run of bytes of a stored box: ``nbytes`` bytes from absolute file offset ``start``."""
+    """One digested run of bytes of a stored box: ``nbytes`` bytes from absolute file offset ``start`` of ``path``."""
 
     stored: StoredBox
     number: int
+    path: str
     start: int
     nbytes: int
 
@@ -49,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A stored box and where it is: name of the shard on the store, its rank, bytes per digest."""
+    """A stored box and the shard that lists it: its name on the store, its rank, bytes per digest."""
 
     path: str
     rank: int
@@ -72,33 +75,80 @@ def open_shard(store: Store, manifest: Manifest, folder: str, index: int) -> Sha
             f"{path}: this is rank {header.rank}'s shard of save {shown(header.save_id)}, not rank "
             f"{index}'s of {shown(manifest.save_id)}; shards were mixed up"
         )
+    for file in header.files:
+        if not any(reference.names(file.path) for reference in manifest.references):
+            raise ShardError(
+                f"{path}: refers to {file.path}, which the manifest does not name; it is damaged or hostile"
+            )
     return header
 
 
-def size_problem(store: Store, path: str, size: int) -> str | None:
-    """Say why a shard, by its size alone, cannot be the committed file; None if it can."""
+def missing_references(store: Store, manifest: Manifest) -> dict[str, str]:
+    """Return what is wrong, by size alone, with the files of earlier steps that a checkpoint needs: name to words.
+
+    The manifest has the size of an attempt's files together: where it is another, all of them are to blame.
+    """
+    found: dict[str, str] = {}
+    for reference in manifest.references:
+        said = f"step {manifest.step} refers to it"
+        sizes: list[int] = []
+        with ThreadPoolExecutor(16, thread_name_prefix="distckpt-check") as pool:
+            for path, size in zip(
+                reference.paths, pool.map(partial(size_or_words, store), reference.paths), strict=True
+            ):
+                if isinstance(size, str):
+                    found[path] = f"{said}, but it {size}; {HINT}"
+                else:
+                    sizes.append(size)
+        if len(sizes) == len(reference.paths) and sum(sizes) != reference.size:
+            what = f"the files here have {sum(sizes)} bytes together, the manifest says {reference.size}"
+            found[reference.attempt if len(sizes) > 1 else reference.paths[0]] = f"{said}: {what}; {HINT}"
+    return found
+
+
+def size_or_words(store: Store, path: str) -> int | str:
+    """Return a file's size, or why it has none."""
     try:
-        found = store.size(path)
+        return store.size(path)
     except NotFound:
         return "is missing or not a regular file"
     except StoreError as error:
         return f"cannot be read: {error}"
+
+
+def size_problem(store: Store, path: str, size: int) -> str | None:
+    """Say why a shard, by its size alone, cannot be the committed file; None if it can."""
+    found = size_or_words(store, path)
+    if isinstance(found, str):
+        return found
     return None if found == size else f"has {found} bytes, the manifest says {size}"
 
 
-def blocks_of(stored: StoredBox, block: int, numbers: Iterable[int] | None = None) -> Iterator[Block]:
-    """Yield the blocks of a stored box (only those numbered) in file order, given the header's block size."""
+def blocks_of(stored: StoredBox, block: int, shard: str, numbers: Iterable[int] | None = None) -> Iterator[Block]:
+    """Yield the blocks of a stored box (only those numbered) in order, wherever they lie.
+
+    ``block`` is the header's block size, ``shard`` the name on the store of the shard that lists the box.
+    """
     for number in range(len(stored.digests)) if numbers is None else numbers:
         at = number * block
-        yield Block(stored, number, stored.start + at, min(block, stored.nbytes - at))
+        path, start = place(stored.runs, number, block) if stored.runs else (None, stored.start + at)
+        yield Block(stored, number, shard if path is None else path, start, min(block, stored.nbytes - at))
+
+
+def extents_of(source: Source) -> list[tuple[str, int, int]]:
+    """Return where a stored box lies: (name on the store, first byte, bytes) of each file's part, in the box's order."""
+    stored = source.stored
+    if not stored.runs:
+        return [(source.path, stored.start, stored.nbytes)]
+    return [(run.path or source.path, run.start, run_bytes(run, stored.nbytes, source.block)) for run in stored.runs]
 
 
 def runs(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Join blocks that follow each other without a gap into requests of at most 8 MiB."""
+    """Join blocks that follow each other without a gap, in the file and in their box, into requests of at most 8 MiB."""
     run: list[Block] = []
     total = 0
     for block in blocks:
-        if run and (block.start != run[-1].start + run[-1].nbytes or total + block.nbytes > REQUEST):
+        if run and (not _follows(run[-1], block) or total + block.nbytes > REQUEST):
             yield run
             run, total = [], 0
         run.append(block)
@@ -107,11 +157,17 @@ def runs(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield run
 
 
-def read_run(store: Reader, path: str, run: Sequence[Block], buffer: memoryview) -> list[Block]:
+def _follows(last: Block, block: Block) -> bool:
+    if block.path != last.path or block.start != last.start + last.nbytes:
+        return False
+    return block.stored is not last.stored or block.number == last.number + 1
+
+
+def read_run(store: Reader, run: Sequence[Block], buffer: memoryview) -> list[Block]:
     """Read a run into the start of ``buffer`` and return its damaged blocks; may raise ``StoreError``."""
     start, stop = run[0].start, run[-1].start + run[-1].nbytes
     view = buffer[: stop - start]
-    store.read_into(path, start, view)
+    store.read_into(run[0].path, start, view)
     return [b for b in run if digest(view[b.start - start : b.start - start + b.nbytes]) != b.digest]
 
 
@@ -165,7 +221,7 @@ def _wanted_runs(source: Source, box: Box) -> Iterator[list[Block]]:
             for number in range(len(stored.digests))
             if any(region.intersect(local) for _, region in _regions(source, number))
         )
-    yield from runs(blocks_of(stored, source.block, numbers))
+    yield from runs(blocks_of(stored, source.block, source.path, numbers))
 
 
 def _regions(source: Source, number: int) -> Iterator[tuple[int, Box]]:
@@ -191,17 +247,23 @@ def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destina
 def read_checked(store: Reader, source: Source, run: Sequence[Block], view: memoryview) -> None:
     """Read a run of a source's blocks into the start of ``view``; ``ShardError`` if it cannot be, or is damaged."""
     try:
-        damaged = read_run(store, source.path, run, view)
+        damaged = read_run(store, run, view)
     except StoreError as error:
         raise ShardError(
-            f"{source.path}: tensor {shown(source.stored.fqn)} of rank {source.rank} cannot be read: {error}"
+            f"{run[0].path}: tensor {shown(source.stored.fqn)} of rank {source.rank} cannot be read: {error}"
+            f"{_referrer(source, run[0])}"
         ) from error
     if damaged:
         bad = damaged[0]
         raise ShardError(
-            f"{source.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
-            f"written by rank {source.rank}, do not match their digest; the file is damaged"
+            f"{bad.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
+            f"written by rank {source.rank}, do not match their digest; the file is damaged{_referrer(source, bad)}"
         )
+
+
+def _referrer(source: Source, block: Block) -> str:
+    """Say which shard wanted a block of another file."""
+    return "" if block.path == source.path else f"; {source.path} refers to it. If it is not there, {HINT}"
 
 
 def _place_of_run(source: Source, run: list[Block], box: Box) -> int | None:
@@ -213,7 +275,7 @@ def _place_of_run(source: Source, run: list[Block], box: Box) -> int | None:
     if inner is None or outer is None:
         return None
     size = itemsize(stored.dtype)
-    begin = run[0].start - stored.start
+    begin = run[0].number * source.block
     if begin < inner[0] * size or begin + run_nbytes(run) > inner[1] * size:
         return None
     return begin + (outer[0] - inner[0]) * size

@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distckpt.boxes import Box
-from distckpt.errors import ConfigError, IncompatibleState, ShardError
+from distckpt.errors import ConfigError, CorruptCheckpoint, IncompatibleState, ShardError
 from distckpt.format import typed_json
-from distckpt.format.box_reader import Reader, Source, fill, sources_tile
+from distckpt.format.box_reader import Reader, Source, extents_of, fill, missing_references, sources_tile
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
 from distckpt.format.flat_reader import fill_flat, rows_around
@@ -48,10 +48,15 @@ def open_checkpoint(path_or_url: str | os.PathLike[str], *, strict: bool = False
     """Open a root (its newest checkpoint), a step folder, or a manifest, on any store.
 
     Only the manifest is read. From a root, a newest one that is damaged is passed over with a warning;
-    ``strict`` raises instead. Raises ``CheckpointNotFound``, ``CorruptCheckpoint``, ``UnsupportedVersion``,
-    ``StoreError``.
+    ``strict`` raises instead. Raises ``CheckpointNotFound``, ``CorruptCheckpoint`` (also for an incremental one whose
+    step folder was copied without the files that it refers to), ``UnsupportedVersion``, ``StoreError``.
     """
     found = find_checkpoint(path_or_url, strict=strict)
+    missing = missing_references(found.store, found.manifest)
+    if missing:
+        first = next(iter(missing))
+        more = f" (and {len(missing) - 1} more files: {', '.join([*missing][1:6])})" if len(missing) > 1 else ""
+        raise CorruptCheckpoint(f"{found.store.url}/{first}: {missing[first]}{more}")
     return Checkpoint(found.store, found.committed, found.manifest)
 
 
@@ -215,7 +220,7 @@ class Checkpoint:
             raise IncompatibleState(f"{self.path}: no tensor's name starts with {prefix!r}; names start with {known}")
         whole = {name: Box.whole(self.manifest.tensors[name].shape) for name in map(self._resolve, wanted)}
         extents = {
-            name: sorted((s.path, s.stored.start, s.stored.nbytes) for s in self._sources(name, box))
+            name: sorted(extent for source in self._sources(name, box) for extent in extents_of(source))
             for name, box in whole.items()
         }
         with ReadAhead(self.store, itertools.chain.from_iterable(extents.values())) as ahead:

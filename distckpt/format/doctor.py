@@ -25,6 +25,7 @@ from distckpt.format.lineage import (
     read_root,
     store_now,
 )
+from distckpt.format.manifest import Manifest
 from distckpt.format.uncommitted import uncommitted
 from distckpt.format.verify import quick_check
 from distckpt.storage import ObjectStore, PosixStore
@@ -149,6 +150,17 @@ def _space(free: int, total: int, newest_bytes: int | None) -> Finding:
     return Finding("warning" if free < 2 * newest_bytes else "ok", "space", text)
 
 
+def reference_text(manifest: Manifest) -> str:
+    """Say how much of a checkpoint is its own, and what it refers to."""
+    own, used = sum(shard.size for shard in manifest.shards), sum(r.used for r in manifest.references)
+    files = sum(stop - start for reference in manifest.references for start, stop in reference.ranks)
+    steps = sorted({int(r.attempt.partition("/")[0].removeprefix("step-")) for r in manifest.references})
+    return (
+        f"step {manifest.step}: {size_text(own)} of its own, {size_text(used)} in {files} file{'s' * (files > 1)} of "
+        f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+    )
+
+
 def size_text(nbytes: int) -> str:
     """Return a number of bytes as ``1.2 GiB``."""
     if nbytes < 1024:
@@ -177,15 +189,21 @@ def _check_root(store: Store) -> list[Finding]:
 def _check_commits(
     store: Store, committed: Sequence[Committed], line: Sequence[Committed], facts: dict[str, Any]
 ) -> tuple[list[Finding], int | None]:
-    """Read every manifest and look at every shard's size; also returns the newest whole checkpoint's bytes."""
+    """Read every manifest and look at every shard's size; also returns the newest whole checkpoint's bytes, reused ones too."""
     findings: list[Finding] = []
     sizes: dict[Committed, int] = {}
+    needed: dict[Committed, int] = {}
     damaged: list[str] = []
+    facts["references"] = referred = {}
     for commit in sorted(committed, reverse=True):
         try:
             manifest = read_manifest(store, commit)
             problems = [str(problem) for problem in quick_check(store, commit, manifest)]
             sizes[commit] = sum(shard.size for shard in manifest.shards)
+            needed[commit] = manifest.nbytes
+            if manifest.references:
+                referred[commit.manifest_path] = [reference.attempt for reference in manifest.references]
+                findings.append(Finding("note", "incremental", reference_text(manifest)))
         except (CorruptCheckpoint, UnsupportedVersion, StoreError) as error:
             problems = [str(error)]
         if problems:
@@ -211,7 +229,7 @@ def _check_commits(
         Finding("note", "stray", f"step {c.step} of generation {c.generation}: committed outside the lineage, unused")
         for c in stray
     ]
-    return findings, next((sizes[c] for c in line if c in sizes), None)
+    return findings, next((needed[c] for c in line if c in needed), None)  # the next save may be whole
 
 
 # ---------------------------------------------------------------- jobs

@@ -62,8 +62,8 @@ def _copy(store: Store, source: Source, first: int, target: memoryview) -> None:
     """Put a stored box's bytes from ``first`` on into ``target``; blocks that are wanted in part go through a buffer."""
     block, last = source.block, first + len(target)
     numbers = range(first // block, -(-last // block))
-    for run in runs(blocks_of(source.stored, block, numbers)):
-        begin = run[0].start - source.stored.start
+    for run in runs(blocks_of(source.stored, block, source.path, numbers)):
+        begin = run[0].number * block
         end = begin + run_nbytes(run)
         if first <= begin and end <= last:
             read_checked(store, source, run, target[begin - first : end - first])

@@ -14,7 +14,10 @@ import msgspec
 from distckpt.errors import DistckptError, UnsupportedVersion
 
 VERSION: Final = (1, 0)
-"""Major and minor version of the format that this library writes; it reads any minor of the same major."""
+"""Major and minor version of the format of all that refers to nothing else."""
+REUSING: Final = (2, 0)
+"""The version of manifests and shards that refer to files of earlier steps: a reader of version 1 would find holes, and
+its removal would delete what they need, so it has to refuse them."""
 
 MAX_NAME_BYTES: Final = 1 << 16
 MAX_DIMS: Final = 64
@@ -76,8 +79,8 @@ def check_version(value: object, *, where: str, error: type[DistckptError]) -> N
         or value[0] < 1
     ):
         raise error(f"{where}: version must be [major, minor], not {str(value)[:100]}; the file is damaged")
-    if value[0] > VERSION[0]:
+    if value[0] > REUSING[0]:
         raise UnsupportedVersion(
-            f"{where}: written in format {value[0]}.{value[1]}, this distckpt reads {VERSION[0]}.x; "
+            f"{where}: written in format {value[0]}.{value[1]}, this distckpt reads up to {REUSING[0]}.x; "
             "upgrade distckpt to read it"
         )

@@ -15,8 +15,9 @@ import msgspec
 
 from distckpt.errors import ManifestError, UnserializableState
 from distckpt.format.digest import digest
-from distckpt.format.limits import VERSION, Count, check_version
+from distckpt.format.limits import REUSING, VERSION, Count, check_version
 from distckpt.format.manifest_checks import check_manifest
+from distckpt.format.names import parse_shard_name, shard_name
 from distckpt.format.plain_json import canonical, strict_loads
 
 FORMAT: Final = "distckpt"
@@ -75,11 +76,41 @@ class PlanEntry(msgspec.Struct, frozen=True, kw_only=True):
     shared: dict[str, Count]
 
 
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """Shards of an earlier attempt that hold a part of this checkpoint.
+
+    ``attempt`` is the attempt's folder, from the root, which has ``shards`` shards; those of ``ranks`` (runs
+    [start, stop), rising) are referred to. Together they have ``size`` bytes, of which ``used`` belong to this checkpoint.
+    """
+
+    attempt: str
+    shards: Count
+    ranks: list[list[Count]]
+    size: Count
+    used: Count
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, from the root."""
+        return [
+            f"{self.attempt}/{shard_name(r, self.shards)}" for start, stop in self.ranks for r in range(start, stop)
+        ]
+
+    def names(self, path: str) -> bool:
+        """Whether a file is one of them."""
+        folder, _, leaf = path.rpartition("/")
+        parsed = parse_shard_name(leaf)
+        if folder != self.attempt or parsed is None or parsed[1] != self.shards:
+            return False
+        return any(start <= parsed[0] < stop for start, stop in self.ranks)
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one checkpoint but its tensors' bytes; O(tensors + shards).
 
     ``objects`` are replicated ones as typed JSON, ``per_rank`` the names of those that stand in each shard's
     header; ``shards[i]`` is rank i's. ``aliases`` maps the further names of a tied tensor to the stored one.
+    ``reused`` are the files of earlier checkpoints that its shards refer to, O(attempts); unset where there are none.
     """
 
     step: Count
@@ -102,8 +133,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: list[ShardEntry]
     plan: PlanEntry | msgspec.UnsetType = msgspec.UNSET
     signature: str | None = None
+    reused: list[Reference] | msgspec.UnsetType = msgspec.UNSET
     version: tuple[int, int] = VERSION
     format: str = FORMAT
+
+    @property
+    def references(self) -> list[Reference]:
+        """The files of earlier checkpoints that hold a part of this one."""
+        return [] if isinstance(self.reused, msgspec.UnsetType) else self.reused
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold this checkpoint: its own files, and what it uses of earlier ones."""
+        return sum(shard.size for shard in self.shards) + sum(reference.used for reference in self.references)
+
+    def referring(self, references: list[Reference]) -> Manifest:
+        """Return the manifest with these references, and the version that they need."""
+        if not references:
+            return msgspec.structs.replace(self, reused=msgspec.UNSET, version=VERSION)
+        return msgspec.structs.replace(self, reused=references, version=REUSING)
 
 
 # msgspec 0.22 looks into a type at its first use, and crashes (SIGSEGV) when two threads do so at once.

@@ -23,7 +23,8 @@ from distckpt.format.limits import (
     shape_problem,
     shown,
 )
-from distckpt.format.names import check_relative_path, parse_attempt_name, parse_shard_name
+from distckpt.format.names import check_relative_path, parse_attempt_name, parse_shard_name, step_folder
+from distckpt.format.runs import MAX_FILES, attempt_problem
 
 if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
@@ -42,6 +43,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         or _tensor_problem(manifest)
         or _alias_problem(manifest)
         or _object_problem(manifest)
+        or _reference_problem(manifest)
     )
     if problem is not None:
         raise ManifestError(f"{where}: {problem}; the manifest is damaged or hostile")
@@ -181,6 +183,35 @@ def _object_problem(manifest: Manifest) -> str | None:
         if name in seen:
             return f"$.per_rank has {shown(name)} twice"
         seen.add(name)
+    return None
+
+
+def _reference_problem(manifest: Manifest) -> str | None:
+    """Every reference is to shards of another attempt, of no later step or generation, and each attempt is named once."""
+    references = manifest.references
+    if references and manifest.version[0] < 2:
+        return f"$.reused: refers to other files, which format {manifest.version} does not do"
+    own = f"{step_folder(manifest.step)}/{manifest.attempt}"
+    seen, files = {own}, 0
+    for i, reference in enumerate(references):
+        problem = attempt_problem(reference.attempt, step=manifest.step, generation=manifest.generation)
+        if problem is None and reference.attempt in seen:
+            problem = f"{reference.attempt} {'is this very attempt' if reference.attempt == own else 'stands twice'}"
+        if problem is None and not 1 <= reference.shards <= MAX_WORLD:
+            problem = f"{reference.shards} shards, outside [1, {MAX_WORLD}]"
+        end = 0
+        for run in reference.ranks if problem is None else ():
+            if len(run) != 2 or not end <= run[0] < run[1] <= reference.shards:
+                problem = f"ranks has the run {run[:3]}, no [start, stop) of {reference.shards} shards after {end}"
+                break
+            files, end = files + run[1] - run[0], run[1]
+        if problem is None and not (reference.ranks and reference.used <= reference.size):
+            problem = f"{reference.used} bytes used of {reference.size} in {len(reference.ranks)} runs of ranks"
+        if problem is None and files > MAX_FILES * len(manifest.shards):
+            problem = f"{files} files for {len(manifest.shards)} shards"
+        if problem is not None:
+            return f"$.reused[{i}]: {problem}"
+        seen.add(reference.attempt)
     return None
 
 

@@ -3,7 +3,8 @@
 A shard is a safetensors file. Its JSON header is padded with spaces so that data starts on a 4096-byte
 boundary. Its ``__metadata__`` carries ``DCP_SHARDING_INFO`` as torch's ``HuggingFaceStorageWriter`` writes it
 (torch/distributed/checkpoint/filesystem.py), and ``distckpt``: FQN, global shape, offsets, logical dtype and
-block digests of every box, and this rank's objects.
+block digests of every box, and this rank's objects. Of a box that is partly in earlier checkpoints only the changed
+blocks are in the file, packed into one U8 entry at its end.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import msgspec
-
 from distckpt.boxes import Box
 from distckpt.errors import SaveFailed, UnserializableState
 from distckpt.format.digest import BLOCK, block_count
-from distckpt.format.dtypes import itemsize, safetensors_tag, stored_form
-from distckpt.format.limits import MAX_WORLD, VERSION, name_problem, shape_problem, shown
+from distckpt.format.dtypes import itemsize
+from distckpt.format.limits import MAX_WORLD, name_problem, shape_problem, shown
 from distckpt.format.plain_json import canonical, strict_loads
+from distckpt.format.runs import FileRef, Run, run_bytes
+from distckpt.format.shard_json import header_json
 
 ALIGNMENT: Final = 4096
 """Data starts at a multiple of this, for direct I/O."""
@@ -29,6 +30,8 @@ MAX_HEADER: Final = 100_000_000
 MAX_SAVE_ID: Final = 256
 MIN_BLOCK: Final = 4096
 MAX_BLOCK: Final = 8 << 20
+PACKED: Final = "distckpt.blocks"
+"""Key of the entry that holds the changed blocks of partly reused boxes (a number follows where a tensor has it)."""
 
 _NO_DIGEST: Final = "0" * 32
 
@@ -45,7 +48,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """One box in a shard: ``nbytes`` bytes from absolute file offset ``start``, a digest per block."""
+    """One box in a shard: ``nbytes`` bytes from absolute file offset ``start``, a digest per block.
+
+    A box that is not in one piece in this file has ``runs`` instead, which say where its blocks are, and ``start`` -1.
+    """
 
     key: str
     fqn: str
@@ -55,13 +61,15 @@ class StoredBox:
     start: int
     nbytes: int
     digests: tuple[str, ...]
+    runs: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """A parsed header; ``boxes`` in file order.
+    """A parsed header; ``boxes`` in file order, then those with blocks elsewhere.
 
     ``size`` is the whole file's in bytes, ``nbytes`` the header's with its 8 length bytes: data starts there.
+    ``files`` are the files of earlier checkpoints that hold blocks of its boxes.
     """
 
     rank: int
@@ -72,14 +80,37 @@ class ShardHeader:
     objects: dict[str, Any]
     size: int
     nbytes: int
+    files: tuple[FileRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What of a shard's pieces is not written because it lies in ``files`` already.
+
+    ``runs`` run parallel to the pieces: none for a piece that is written whole, else where its blocks are or (file None)
+    that they are written.
+    """
+
+    runs: tuple[tuple[Run, ...], ...]
+    files: tuple[FileRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes ``start:stop`` of one piece that follow each other in the file."""
+
+    piece: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
     """Where everything goes in a shard that is not written yet.
 
-    ``pieces``, ``keys``, ``starts`` (absolute file offsets) and ``nbytes`` run parallel, in the order in
-    which the pieces were given. ``order`` lists their indices as they follow each other in the file.
+    ``pieces``, ``keys``, ``starts`` (absolute file offsets), ``nbytes`` and ``runs`` run parallel, in the order in
+    which the pieces were given; a piece with runs has start -1. ``order`` lists the others' indices as they follow each
+    other in the file, ``extents`` all that is written, back to back from ``data_start``.
     """
 
     pieces: tuple[Piece, ...]
@@ -95,21 +126,11 @@ class ShardPlan:
     save_id: str
     objects: bytes
     """Canonical JSON, so that what the caller changes later does not change the header's length."""
-
-
-class _Entry(msgspec.Struct, gc=False):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class _Tensor(msgspec.Struct, gc=False):
-    fqn: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: str
-    digests: Sequence[str]
+    runs: tuple[tuple[Run, ...], ...] = ()
+    files: tuple[FileRef, ...] = ()
+    extents: tuple[Extent, ...] = ()
+    packed: tuple[str, int] | None = None
+    """Key and bytes of the entry that holds the extents of pieces with runs; it is the last in the file."""
 
 
 def plan_shard(
@@ -120,12 +141,13 @@ def plan_shard(
     save_id: str,
     objects: Mapping[str, Any],
     block: int = BLOCK,
+    reuse: Reuse | None = None,
 ) -> ShardPlan:
     """Lay out a shard; a pure function of its arguments, so equal input gives equal offsets on any rank.
 
     Larger items come first (stable otherwise): every box is aligned to its item size without holes, which
     safetensors forbids. ``objects`` are plain JSON (``typed_json.encode``); ``block`` is the number of bytes
-    per digest, a multiple of 16 in [4096, 8 MiB].
+    per digest, a multiple of 16 in [4096, 8 MiB]. ``reuse`` says what lies in earlier checkpoints and is left out.
 
     Raises ``IncompatibleState`` (unknown dtype), ``UnserializableState`` (name or object that can't be
     stored), ``SaveFailed`` (header over 100 MB), ``ValueError`` (box outside its tensor, bad rank or block).
@@ -136,8 +158,17 @@ def plan_shard(
     if not len(save_id) <= MAX_SAVE_ID or not save_id.isascii():
         raise ValueError(f"save id {shown(save_id)}: at most {MAX_SAVE_ID} ASCII characters")
     keys = _keys(pieces)
-    order, relative, nbytes = place_pieces(pieces)
-    end = sum(nbytes)
+    runs = reuse.runs if reuse is not None else ((),) * len(pieces)
+    order, relative, nbytes = place_pieces(pieces, runs)
+    whole = sum(nbytes[i] for i in order)
+    own = [
+        Extent(i, run.first * block, run.first * block + run_bytes(run, nbytes[i], block))
+        for i, parts in enumerate(runs)
+        for run in parts
+        if run.path is None
+    ]
+    packed = sum(extent.stop - extent.start for extent in own)
+    end = whole + packed
     draft = ShardPlan(
         pieces=tuple(pieces),
         keys=keys,
@@ -151,9 +182,13 @@ def plan_shard(
         world_size=world_size,
         save_id=save_id,
         objects=_objects_json(objects),
+        runs=tuple(runs),
+        files=reuse.files if reuse is not None else (),
+        extents=(*(Extent(i, 0, nbytes[i]) for i in order if nbytes[i]), *own),
+        packed=(_free_key(PACKED, keys), packed) if packed else None,
     )
     dummies = [[_NO_DIGEST] * block_count(size, block) for size in nbytes]
-    data_start = -(-(8 + len(_header_json(draft, dummies))) // ALIGNMENT) * ALIGNMENT
+    data_start = -(-(8 + len(header_json(draft, dummies))) // ALIGNMENT) * ALIGNMENT
     if data_start - 8 > MAX_HEADER:
         raise SaveFailed(
             f"rank {rank}: header of {data_start} bytes for {len(pieces)} boxes, "
@@ -161,15 +196,49 @@ def plan_shard(
             f"safetensors allows {MAX_HEADER}. "
             f"Use larger blocks than {block} bytes (up to {MAX_BLOCK}) or store large objects as tensors"
         )
-    starts = tuple(data_start + at for at in relative)
-    return replace(draft, starts=starts, data_start=data_start, size=data_start + end)
+    starts = tuple(data_start + at if at >= 0 else -1 for at in relative)
+    placed = _placed_runs(runs, nbytes, data_start + whole, block)
+    return replace(draft, starts=starts, runs=placed, data_start=data_start, size=data_start + end)
 
 
-def place_pieces(pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
-    """Return (order in the file, offset in the data region by piece, bytes by piece): back to back, aligned."""
+def _placed_runs(
+    runs: Sequence[Sequence[Run]], nbytes: Sequence[int], start: int, block: int
+) -> tuple[tuple[Run, ...], ...]:
+    """Give the shard's own runs their bytes in the file, back to back from ``start``."""
+    placed = []
+    for parts, size in zip(runs, nbytes, strict=True):
+        found = []
+        for run in parts:
+            if run.path is None:
+                found.append(Run(run.first, run.count, None, start))
+                start += run_bytes(run, size, block)
+            else:
+                found.append(run)
+        placed.append(tuple(found))
+    return tuple(placed)
+
+
+def stored_boxes(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> tuple[StoredBox, ...]:
+    """Return what a reader of the planned shard finds, in the order of the pieces."""
+    return tuple(
+        StoredBox(key, piece.fqn, piece.dtype, piece.global_shape, piece.box, start, size, tuple(found), runs)
+        for key, piece, start, size, found, runs in zip(
+            plan.keys, plan.pieces, plan.starts, plan.nbytes, digests, plan.runs, strict=True
+        )
+    )
+
+
+def place_pieces(
+    pieces: Sequence[Piece], runs: Sequence[Sequence[Run]] | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """Return (order in the file, offset in the data region by piece, bytes by piece): back to back, aligned.
+
+    Pieces with runs are not in the order, and at -1.
+    """
     nbytes = [_piece_nbytes(piece) for piece in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: -itemsize(pieces[i].dtype))
-    relative, end = [0] * len(pieces), 0
+    whole = [i for i in range(len(pieces)) if runs is None or not runs[i]]
+    order = sorted(whole, key=lambda i: -itemsize(pieces[i].dtype))
+    relative, end = [-1] * len(pieces), 0
     for i in order:
         relative[i] = end
         end += nbytes[i]
@@ -185,7 +254,7 @@ def render_header(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
         wanted = block_count(size, plan.block)
         if len(found) != wanted:
             raise ValueError(f"{shown(piece.fqn)}: {len(found)} digests for {wanted} blocks")
-    text = _header_json(plan, digests)
+    text = header_json(plan, digests)
     length = plan.data_start - 8
     if not length - ALIGNMENT < len(text) <= length:
         raise ValueError(f"header of {len(text)} bytes where {length} were planned: digests are 32 hex digits")
@@ -231,6 +300,15 @@ def _keys(pieces: Sequence[Piece]) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def _free_key(key: str, taken: Sequence[str]) -> str:
+    """Return the key, or with a number after it that makes it differ from those taken."""
+    every, found, number = set(taken), key, 0
+    while found in every:
+        number += 1
+        found = f"{key}#{number}"
+    return found
+
+
 def _piece_nbytes(piece: Piece) -> int:
     size = itemsize(piece.dtype)
     problem = shape_problem(piece.global_shape, size)
@@ -242,41 +320,3 @@ def _piece_nbytes(piece: Piece) -> int:
     ):
         raise ValueError(f"{shown(piece.fqn)}: {box} lies outside shape {shape}")
     return math.prod(box.sizes) * size
-
-
-def _stored_offsets(dtype: str, offsets: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a box's offsets in units of its stored shape, the only one that other readers see."""
-    if safetensors_tag(dtype) is not None:
-        return offsets
-    return (*offsets[:-1], offsets[-1] * itemsize(dtype)) if offsets else (0,)
-
-
-def _header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
-    """Return the JSON without padding; ``__metadata__`` first, then the tensors in file order."""
-    tensors: dict[str, _Tensor] = {}
-    sharding: dict[str, dict[str, tuple[int, ...]]] = {}
-    entries: dict[str, Any] = {"__metadata__": None}
-    for i in plan.order:
-        piece, key, start = plan.pieces[i], plan.keys[i], plan.starts[i] - plan.data_start
-        box, dtype = piece.box, piece.dtype
-        tensors[key] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, dtype, digests[i])
-        tag, shape = stored_form(dtype, box.sizes)
-        sharding[key] = {"saved_offsets": _stored_offsets(dtype, box.offsets)}
-        entries[key] = _Entry(tag, shape, (start, start + plan.nbytes[i]))
-    ours = {
-        "version": VERSION,
-        "rank": plan.rank,
-        "world_size": plan.world_size,
-        "save_id": plan.save_id,
-        "block": plan.block,
-        "tensors": tensors,
-        "objects": msgspec.Raw(plan.objects),
-        "reused": [],
-    }
-    entries["__metadata__"] = {
-        "format": "pt",
-        "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": msgspec.json.encode(sharding).decode(),
-        "distckpt": msgspec.json.encode(ours).decode(),
-    }
-    return msgspec.json.encode(entries)

@@ -7,39 +7,37 @@ parse when someone wrote both.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
 
-from distckpt.boxes import Box
 from distckpt.errors import NotFound, ShardError
-from distckpt.format.digest import block_count, digest, is_digest
-from distckpt.format.dtypes import ITEMSIZES, stored_form
+from distckpt.format.digest import digest
+from distckpt.format.header_checks import checked_header
 from distckpt.format.limits import (
     MAX_TENSORS,
-    MAX_WORLD,
     Count,
     check_version,
-    name_problem,
-    shape_problem,
-    shown,
 )
 from distckpt.format.plain_json import has_keys_once, strict_loads
-from distckpt.format.shard import MAX_HEADER, MAX_SAVE_ID, ShardHeader, StoredBox, check_block
+from distckpt.format.shard import MAX_HEADER, ShardHeader
 from distckpt.storage.base import Store
 
 FIRST_READ = 64 << 10
 """Bytes of the first read of a header; most headers need no second."""
 
 
-class _Entry(msgspec.Struct, frozen=True, gc=False):
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One key of the safetensors header."""
+
     dtype: str
     shape: list[Count]
     data_offsets: tuple[Count, Count]
 
 
-class _Tensor(msgspec.Struct, frozen=True, gc=False):
+class Tensor(msgspec.Struct, frozen=True, gc=False):
+    """One stored box, as our own metadata describe it."""
+
     fqn: str
     shape: list[Count]
     offsets: list[Count]
@@ -48,17 +46,30 @@ class _Tensor(msgspec.Struct, frozen=True, gc=False):
     digests: list[str]
 
 
-class _Meta(msgspec.Struct, frozen=True):
+class Reused(Tensor, frozen=True, gc=False):
+    """One box with blocks elsewhere; a run is [blocks] in this file, or [blocks, file, byte]."""
+
+    key: str
+    runs: list[list[Count]]
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """Our own metadata; the last three fields only in shards that refer to other files."""
+
     rank: Count
     world_size: Count
     save_id: str
     block: Count
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, Tensor]
     objects: dict[str, Any]
+    version: tuple[int, int]
+    reused: list[Reused] = []
+    files: list[tuple[str, Count, str]] = []
+    packed: str | None = None
 
 
 class _Raw(msgspec.Struct, frozen=True):
-    """Every field that we write, so that they can be counted."""
+    """Every field that we always write, so that they can be counted."""
 
     version: Any
     rank: msgspec.Raw
@@ -73,7 +84,7 @@ class _Raw(msgspec.Struct, frozen=True):
 _NOTHING = b'{"dtype":"","shape":[],"data_offsets":[0,0]}'
 
 # Looked into here once, on the importing thread: see manifest.py.
-for _type in (_Entry, _Meta, _Raw, dict[str, _Entry]):
+for _type in (Entry, Meta, _Raw, dict[str, Entry]):
     msgspec.json.Decoder(_type)
 
 
@@ -133,28 +144,23 @@ def parse_header(data: bytes | memoryview, *, file_size: int, where: str) -> Sha
     found = _peek(text, where)
     at = f"{where}: $.__metadata__.distckpt"
     entries, meta = _parse_quickly(text, *found, at) or _parse_strictly(text, where, at)
-    _check_meta(meta, at)
-    if entries.keys() != meta.tensors.keys():
-        odd = min(entries.keys() ^ meta.tensors.keys())
-        raise ShardError(f"{where}: $[{shown(odd)}]: the tensor is in one of the header's two lists only")
-    boxes = _boxes(entries, meta, nbytes, file_size, where)
-    return ShardHeader(meta.rank, meta.world_size, meta.save_id, meta.block, boxes, meta.objects, file_size, nbytes)
+    return checked_header(entries, meta, nbytes, file_size, where)
 
 
-def _parse_strictly(text: bytes, where: str, at: str) -> tuple[dict[str, _Entry], _Meta]:
+def _parse_strictly(text: bytes, where: str, at: str) -> tuple[dict[str, Entry], Meta]:
     outer = strict_loads(text, where=where, max_bytes=MAX_HEADER, error=ShardError)
     inner = outer.pop("__metadata__")["distckpt"].encode()
     plain = strict_loads(inner, where=at, max_bytes=MAX_HEADER, error=ShardError)
     if not isinstance(plain, dict):
         raise ShardError(f"{at} is not an object; it is damaged")
     check_version(plain.get("version"), where=at, error=ShardError)
-    meta = _convert(plain, _Meta, f"{where}: in __metadata__.distckpt")
-    return _convert(outer, dict[str, _Entry], where), meta
+    meta = _convert(plain, Meta, f"{where}: in __metadata__.distckpt")
+    return _convert(outer, dict[str, Entry], where), meta
 
 
 def _parse_quickly(
     text: bytes, metadata: bytes, found: dict[str, str], at: str
-) -> tuple[dict[str, _Entry], _Meta] | None:
+) -> tuple[dict[str, Entry], Meta] | None:
     """Return what ``_parse_strictly`` would, a tenth of the time later, or None where that is not certain.
 
     The two lists of tensors go straight into their types; that no key stands twice is proved by counting.
@@ -164,16 +170,17 @@ def _parse_quickly(
         raw = msgspec.json.decode(inner, type=_Raw)
         outer = text.replace(metadata, _NOTHING, 1).rstrip(b" ")
         rest = inner.replace(b'"objects":' + bytes(raw.objects), b'"objects":{}', 1)
-        entries = msgspec.json.decode(outer, type=dict[str, _Entry])
-        meta = msgspec.json.decode(rest, type=_Meta)
+        entries = msgspec.json.decode(outer, type=dict[str, Entry])
+        meta = msgspec.json.decode(rest, type=Meta)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    fields, tensor, entry = len(_Raw.__struct_fields__), len(_Tensor.__struct_fields__), len(_Entry.__struct_fields__)
+    tensor, entry = len(Tensor.__struct_fields__), len(Entry.__struct_fields__)
+    fields = len(_Raw.__struct_fields__) + bool(meta.files) + (meta.packed is not None)
     if (
         msgspec.json.encode(found) != metadata
         or meta.objects
         or not has_keys_once(outer, len(entries) * (1 + entry))
-        or not has_keys_once(rest, fields + len(meta.tensors) * (1 + tensor))
+        or not has_keys_once(rest, fields + len(meta.tensors) * (1 + tensor) + len(meta.reused) * (2 + tensor))
     ):
         return None
     check_version(raw.version, where=at, error=ShardError)
@@ -212,89 +219,3 @@ def _convert(plain: Any, wanted: Any, where: str) -> Any:
         return msgspec.convert(plain, type=wanted, strict=True)
     except msgspec.ValidationError as cause:
         raise ShardError(f"{where}: {cause}; the header is damaged") from cause
-
-
-def _check_meta(meta: _Meta, at: str) -> None:
-    if not meta.rank < meta.world_size <= MAX_WORLD:
-        raise ShardError(f"{at}: rank {meta.rank} of {meta.world_size} ranks (at most {MAX_WORLD})")
-    if len(meta.save_id) > MAX_SAVE_ID:
-        raise ShardError(f"{at}.save_id has {len(meta.save_id)} characters (at most {MAX_SAVE_ID})")
-    try:
-        check_block(meta.block)
-    except ValueError as cause:
-        raise ShardError(f"{at}.block: {cause}") from cause
-
-
-def _boxes(entries: dict[str, _Entry], meta: _Meta, nbytes: int, file_size: int, where: str) -> tuple[StoredBox, ...]:
-    """Return the boxes by file offset, having checked that they fill the file from the header to its end."""
-    end = 0
-    boxes: list[StoredBox] = []
-    whole: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        start, stop = entry.data_offsets
-        if start != end or stop < start:
-            what = "overlap the tensor before" if start < end else "leave a hole" if start > end else "run back"
-            at = f"{where}: $[{shown(key)}].data_offsets"
-            raise ShardError(f"{at} [{start}, {stop}] {what} at byte {end} of the data")
-        end = stop
-        box = _box(key, entry, meta.tensors[key], meta.block, nbytes, where)
-        if whole.setdefault(box.fqn, (box.dtype, box.global_shape)) != (box.dtype, box.global_shape):
-            raise ShardError(f"{where}: the boxes of {shown(box.fqn)} disagree on its dtype or global shape")
-        boxes.append(box)
-    if nbytes + end != file_size:
-        raise ShardError(f"{where}: header and data make {nbytes + end} bytes, the file has {file_size}; it is damaged")
-    return tuple(boxes)
-
-
-def _box(key: str, entry: _Entry, tensor: _Tensor, block: int, nbytes: int, where: str) -> StoredBox:
-    start, stop = entry.data_offsets
-    problem = _problem(key, entry, tensor)
-    if problem is None and len(tensor.digests) != block_count(stop - start, block):
-        problem = f"{len(tensor.digests)} digests for {stop - start} bytes in blocks of {block}"
-    if problem is None and not all(map(is_digest, tensor.digests)):
-        problem = "a digest is not 32 lowercase hex digits of xxh3-128"
-    if problem is not None:
-        raise ShardError(f"{where}: $[{shown(key)}]: {problem}; the header is damaged or hostile")
-    return StoredBox(
-        key,
-        tensor.fqn,
-        tensor.dtype,
-        tuple(tensor.shape),
-        Box(tuple(tensor.offsets), tuple(tensor.sizes)),
-        nbytes + start,
-        stop - start,
-        tuple(tensor.digests),
-    )
-
-
-def _problem(key: str, entry: _Entry, tensor: _Tensor) -> str | None:
-    """Say what is wrong with one tensor's name, shape, dtype or size, or return None."""
-    wrong = name_problem(key) or (name_problem(tensor.fqn) if tensor.fqn != key else None)
-    if wrong is not None:
-        return f"the name {wrong}"
-    if key != tensor.fqn and not _is_suffixed(key, tensor.fqn):
-        return f"this can't be the key of a box of {shown(tensor.fqn)}"
-    size = ITEMSIZES.get(tensor.dtype)
-    if size is None:
-        return f"unknown dtype {shown(tensor.dtype)}"
-    wrong = shape_problem(tensor.shape, size)
-    if wrong is not None:
-        return f"shape {wrong}"
-    if not len(tensor.shape) == len(tensor.offsets) == len(tensor.sizes):
-        return f"box of {len(tensor.offsets)}+{len(tensor.sizes)} numbers in {len(tensor.shape)} dimensions"
-    for offset, length, extent in zip(tensor.offsets, tensor.sizes, tensor.shape, strict=True):
-        if offset + length > extent:
-            return f"box {tensor.offsets}+{tensor.sizes} reaches outside shape {tensor.shape}"
-    tag, shape = stored_form(tensor.dtype, tuple(tensor.sizes))
-    if entry.dtype != tag or entry.shape != list(shape):
-        found = f"{entry.dtype[:20]!r} {str(entry.shape)[:200]}"
-        return f"stored as {found}, but a {tensor.dtype} box of {tensor.sizes} is {tag!r} {list(shape)}"
-    begin, end = entry.data_offsets
-    if math.prod(tensor.sizes) * size != end - begin:
-        return f"{end - begin} bytes for {math.prod(tensor.sizes)} elements of {tensor.dtype}"
-    return None
-
-
-def _is_suffixed(key: str, fqn: str) -> bool:
-    suffix = key[len(fqn) + 1 :]
-    return key.startswith(f"{fqn}#") and suffix.isascii() and suffix.isdecimal()

@@ -61,6 +61,12 @@ class ShardIndex:
         """Return the name on the store of a shard."""
         return f"{self.folder}/{self.manifest.shards[shard].path}"
 
+    def size(self, shard: int, path: str) -> int:
+        """Return how many bytes a shard, or a file that it refers to, has, as the manifest or its header says."""
+        if path == self.path(shard):
+            return self.manifest.shards[shard].size
+        return next(file.size for file in self.header(shard).files if file.path == path)
+
     def header(self, shard: int) -> ShardHeader:
         """Return a shard's header, checked against the manifest; raises ``ShardError``."""
         with self._lock:

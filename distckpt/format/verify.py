@@ -21,6 +21,7 @@ from distckpt.format.box_reader import (
     REQUEST,
     Block,
     blocks_of,
+    missing_references,
     open_shard,
     read_run,
     run_nbytes,
@@ -31,6 +32,7 @@ from distckpt.format.lineage import Committed, read_manifest
 from distckpt.format.manifest import Manifest
 from distckpt.format.shard import ShardHeader
 from distckpt.format.shard_header import read_header
+from distckpt.format.verify_references import check_references
 from distckpt.storage.base import Store
 
 Mode = Literal["quick", "sample", "full"]
@@ -100,7 +102,7 @@ class _Findings:
 
 
 def quick_check(store: Store, committed: Committed, manifest: Manifest | None = None) -> list[Problem]:
-    """Check the manifest and the size of every shard, no more: what a load does before it starts.
+    """Check the manifest and the size of every file that it needs, no more: what a load does before it starts.
 
     ``manifest`` saves reading it again. Raises nothing for damage or for storage that cannot be read.
     """
@@ -116,7 +118,8 @@ def quick_check(store: Store, committed: Committed, manifest: Manifest | None = 
         return None if wrong is None else Problem(path, None, index, wrong)
 
     with ThreadPoolExecutor(min(16, len(manifest.shards)), thread_name_prefix="distckpt-check") as pool:
-        return [problem for problem in pool.map(check, range(len(manifest.shards))) if problem is not None]
+        own = [problem for problem in pool.map(check, range(len(manifest.shards))) if problem is not None]
+    return own + [Problem(path, None, None, what) for path, what in missing_references(store, manifest).items()]
 
 
 def verify(
@@ -147,6 +150,8 @@ def verify(
         _check_tensors(committed, manifest, [h for h in headers if h is not None], findings)
     else:
         findings.notes.append("some headers cannot be read, so it was not checked that boxes tile the tensors")
+    for file, tensor, rank, what in check_references(store, committed.folder, manifest, headers):
+        findings.add(file, what, tensor=tensor, rank=rank)
     if mode != "quick":
         share = fraction if mode == "sample" else None
         _check_blocks(store, committed, manifest, headers, findings, share, seed, progress, threads)
@@ -243,23 +248,26 @@ def _check_blocks(
     for index, numbers in jobs:
         header = headers[index]
         assert header is not None
-        findings.total += sum(block.nbytes for block in _blocks(header, numbers))
+        findings.total += sum(block.nbytes for block in _blocks(header, "", numbers))
 
     def check(job: tuple[int, frozenset[int] | None]) -> None:
         index, numbers = job
         header, path = headers[index], f"{committed.folder}/{manifest.shards[index].path}"
         assert header is not None
-        buffer = memoryview(bytearray(min(REQUEST, header.size)))
-        for run in runs(_blocks(header, numbers)):
+        largest = max([header.size, *(file.size for file in header.files)])
+        buffer = memoryview(bytearray(min(REQUEST, largest)))
+        for run in runs(_blocks(header, path, numbers)):
+            file = run[0].path
+            asked = "" if file == path else f", which {path} refers to"
             try:
-                damaged = read_run(store, path, run, buffer)
+                damaged = read_run(store, run, buffer)
             except StoreError as error:
                 for fqn in dict.fromkeys(block.stored.fqn for block in run):
-                    findings.add(path, f"cannot be read: {error}", tensor=fqn, rank=index)
+                    findings.add(file, f"cannot be read: {error}{asked}", tensor=fqn, rank=index)
                 continue
             for bad in damaged:
-                what = f"bytes [{bad.start}, {bad.start + bad.nbytes}) do not match their digest"
-                findings.add(path, what, tensor=bad.stored.fqn, rank=index)
+                what = f"bytes [{bad.start}, {bad.start + bad.nbytes}){asked} do not match their digest"
+                findings.add(file, what, tensor=bad.stored.fqn, rank=index)
             findings.count(run_nbytes(run), progress)
 
     with ThreadPoolExecutor(max(1, min(threads, len(jobs))), thread_name_prefix="distckpt-verify") as pool:
@@ -274,11 +282,11 @@ def _numbers(header: ShardHeader, share: float | None, seed: str) -> frozenset[i
     return frozenset(random.Random(seed).sample(range(count), max(1, round(share * count))))
 
 
-def _blocks(header: ShardHeader, numbers: frozenset[int] | None) -> Iterator[Block]:
-    """Yield a shard's (chosen) blocks in file order."""
+def _blocks(header: ShardHeader, path: str, numbers: frozenset[int] | None) -> Iterator[Block]:
+    """Yield a shard's (chosen) blocks, box by box; ``path`` is its name on the store."""
     at = 0
     for stored in header.boxes:
-        for block in blocks_of(stored, header.block):
+        for block in blocks_of(stored, header.block, path):
             if numbers is None or at in numbers:
                 yield block
             at += 1

@@ -89,7 +89,7 @@ def write_pieces(
             raise AgreementError(f"writing stopped because another rank failed: {reason}")
         # The bytes lie in the buffer as they will in the file's pages, so that whole pages can be written directly.
         offset = plan.starts[parts[0].piece] + parts[0].start
-        with POOL.lend() as buffer:
+        with POOL.lend(sum(part.stop - part.start for part in parts) + ALIGNMENT) as buffer:
             at = first = offset % ALIGNMENT
             for part in parts:
                 view = buffer[at : at + part.stop - part.start]

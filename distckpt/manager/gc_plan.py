@@ -31,7 +31,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A checkpoint that goes: its data files and their folders, all names on the store."""
+    """A checkpoint that goes: the data files that it was the last to need and their folders, all names on the store."""
 
     committed: Committed
     files: tuple[str, ...]
@@ -40,7 +40,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """An attempt that was never committed, or whose manifest is gone."""
+    """Shards of an attempt that was never committed, or whose manifest is gone, which no manifest refers to."""
 
     folder: str
     files: tuple[str, ...]
@@ -56,7 +56,12 @@ class GcPlan:
 
 
 def references(committed: Committed, manifest: Manifest) -> frozenset[str]:
-    """Return the names on the store of every data file that a manifest needs."""
+    """Return the names on the store of every data file that a manifest needs: its own shards and those it refers to."""
+    return own_files(committed, manifest).union(*(reference.paths for reference in manifest.references))
+
+
+def own_files(committed: Committed, manifest: Manifest) -> frozenset[str]:
+    """Return the names on the store of a checkpoint's own shards."""
     return frozenset(f"{committed.folder}/{shard.path}" for shard in manifest.shards)
 
 
@@ -83,7 +88,7 @@ def plan_gc(
             reasons.setdefault(committed.manifest_path, f"its manifest cannot be read: {manifest}")
         elif committed not in goes:
             marked |= references(committed, manifest)
-    removals = tuple(_removal(c, snapshot, marked) for c in goes)
+    removals = _removals(snapshot, goes, marked)
     orphans = _orphans(snapshot, goes, marked, grace_s, current_generation, reasons)
     reasons |= _unknown(snapshot)
     return GcPlan(removals, orphans, reasons)
@@ -101,6 +106,7 @@ def _protected(snapshot: Snapshot, goes: Iterable[Committed], minimum_kept: int)
     """Return why commits that were to go stay: pinned, in doubt, or among the last of the lineage."""
     pins = {entry.name for entry in snapshot.entries}
     unreadable = {c.step for c, manifest in snapshot.manifests.items() if isinstance(manifest, str)}
+    doubt = _doubt(snapshot)
     line = lineage(snapshot.manifests, snapshot.generations)
     last = [c for c in line if not isinstance(snapshot.manifests[c], str)][: max(0, minimum_kept)]
     found: dict[Committed, str] = {}
@@ -109,16 +115,39 @@ def _protected(snapshot: Snapshot, goes: Iterable[Committed], minimum_kept: int)
             found[committed] = "it is pinned"
         elif committed.step in unreadable:
             found[committed] = "a manifest of this step cannot be read, so nothing of the step is removed"
+        elif committed.step <= doubt:
+            found[committed] = f"a manifest of step {doubt} cannot be read, and may refer to its data"
         elif committed in last:
             found[committed] = f"it is one of the last {len(last)} that can be resumed from"
     return found
 
 
-def _removal(committed: Committed, snapshot: Snapshot, marked: set[str]) -> Removal:
-    manifest = snapshot.manifests[committed]
-    assert not isinstance(manifest, str)
-    files = sorted(references(committed, manifest) - marked)
-    return Removal(committed, tuple(files), tuple(sorted({name.rpartition("/")[0] for name in files})))
+def _doubt(snapshot: Snapshot) -> int:
+    """Return the last step whose data an unreadable manifest may need: steps refer to earlier ones; -1 for none.
+
+    Only in a root where incremental saves were made.
+    """
+    readable = [manifest for manifest in snapshot.manifests.values() if not isinstance(manifest, str)]
+    if not any(manifest.references for manifest in readable):
+        return -1
+    return max((c.step for c, manifest in snapshot.manifests.items() if isinstance(manifest, str)), default=-1)
+
+
+def _removals(snapshot: Snapshot, goes: Sequence[Committed], marked: set[str]) -> tuple[Removal, ...]:
+    """Return the removals in order; a file that several of them need goes with the last.
+
+    Each is complete once it is done, so stopping between two leaves no manifest without its data.
+    """
+    found: list[Removal] = []
+    later = set(marked)
+    for committed in reversed(goes):
+        manifest = snapshot.manifests[committed]
+        assert not isinstance(manifest, str)
+        needed = references(committed, manifest)
+        files = sorted(needed - later)
+        found.append(Removal(committed, tuple(files), tuple(sorted({name.rpartition("/")[0] for name in files}))))
+        later |= needed
+    return tuple(reversed(found))
 
 
 def _orphans(
@@ -129,13 +158,14 @@ def _orphans(
     current_generation: int,
     reasons: dict[str, str],
 ) -> tuple[Orphan, ...]:
-    """Return attempts without a manifest that are old enough and of an older generation."""
-    used = {name.rpartition("/")[0] for name in marked}
-    for committed in goes:
-        manifest = snapshot.manifests[committed]
-        assert not isinstance(manifest, str)
-        used |= {name.rpartition("/")[0] for name in references(committed, manifest)}
+    """Return attempts without a manifest that are old enough and of an older generation, less what others refer to."""
+    used, going = set[str](), set[str]()
+    for committed, manifest in snapshot.manifests.items():
+        if not isinstance(manifest, str):
+            used |= {name.rpartition("/")[0] for name in own_files(committed, manifest)}
+            going |= references(committed, manifest) if committed in goes else set()
     unreadable = {c.folder for c, manifest in snapshot.manifests.items() if isinstance(manifest, str)}
+    doubt = _doubt(snapshot)
     inside: dict[str, list[Entry]] = {folder: [] for folder in snapshot.attempts}
     for entry in snapshot.entries:
         folder = entry.name.rpartition("/")[0]
@@ -143,7 +173,9 @@ def _orphans(
             inside[folder].append(entry)
     found = []
     for folder, files in sorted(inside.items()):
-        if folder in used:
+        shards = [e.name for e in files if names.parse_shard_name(e.name.rpartition("/")[2]) is not None]
+        free = tuple(name for name in shards if name not in marked and name not in going)
+        if folder in used or (shards and not free):
             continue
         step, _, attempt = folder.partition("/")
         parsed = names.parse_attempt_name(attempt)
@@ -151,13 +183,14 @@ def _orphans(
         age = snapshot.now - max((entry.modified for entry in files), default=float("-inf"))
         if step in unreadable:
             reasons[folder] = "not committed, but a manifest of this step cannot be read"
+        elif (names.parse_step_folder(step) or 0) <= doubt:
+            reasons[folder] = f"not committed, but a manifest of step {doubt} cannot be read, and may refer to it"
         elif parsed[0] >= current_generation:
             reasons[folder] = "not committed, but of the running job: it may be in flight"
         elif age <= grace_s:
             reasons[folder] = f"not committed, but only {max(0.0, age):.0f} s old (grace {grace_s:.0f} s)"
         else:
-            shards = [e.name for e in files if names.parse_shard_name(e.name.rpartition("/")[2]) is not None]
-            found.append(Orphan(folder, tuple(shards)))
+            found.append(Orphan(folder, free))
     return tuple(found)
 
 

@@ -138,7 +138,7 @@ class Loader:
         reader = readers[0] if readers else CheckpointReader(store, manifest, committed.folder)
         bar: AbstractContextManager[Callable[[int], None]] = progress_bar(
             f"loading step {committed.step}",
-            sum(s.size for s in manifest.shards) // self.agreement.world_size,
+            manifest.nbytes // self.agreement.world_size,
             enabled=self.config.verbose and self.agreement.is_leader,
         )
         pass_fences()  # another manager of this process may be copying the same tensors

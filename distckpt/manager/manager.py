@@ -311,7 +311,7 @@ class CheckpointManager:
             self._flush_metrics()
             self._last_path = None
         self.line.go_on_from(report.generation, report.step)
-        self.pipeline.resumed = self.loader.loaded
+        self.pipeline.go_on_from(self.loader.loaded)
         self.history.continue_from(self.root.read_metrics(self.line.resumed_from))
         self.schedule.resumed(report.step, self.history.rows)
 

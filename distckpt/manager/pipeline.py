@@ -16,6 +16,7 @@ from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreed import AgreedPlan, agree_plan
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.full import GatheredSource, gather_tensors
+from distckpt.dcp.incremental import Chain
 from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
 from distckpt.dcp.replicas import host_bytes, tensor_claims
@@ -63,13 +64,19 @@ class SavePipeline:
         self.engine = engine
         self.components = components
         self.budget: Deadline | None = None
-        self.resumed: Manifest | None = None
-        """The manifest of the checkpoint that was loaded last, until the next save: it knows the plan."""
         self.arena = StagingArena()
+        self._chain = Chain(store, agreement.rank) if config.incremental else None
+        self._resumed: Manifest | None = None  # of the checkpoint that was loaded last, until the next save
         self._saving = agreement.clone()  # the saving thread's own line to the other ranks
         self._plan: AgreedPlan | None = None
         self._copy: StateCopy | None = None
         self._restless: set[str] = set()  # found changed in the middle of a lazy copy: from then on copied at once
+
+    def go_on_from(self, manifest: Manifest | None) -> None:
+        """Take the manifest of what was loaded: the next save may use its plan and refer to its blocks."""
+        self._resumed = manifest
+        if self._chain is not None and manifest is not None:
+            self._chain.go_on_from(manifest)
 
     def prepare(self, request: SaveRequest, extra_state: Any, *, background: bool) -> Job:
         """Collect, plan and stage; ``request`` lacks only what is collected here, and its id is fresh.
@@ -84,7 +91,7 @@ class SavePipeline:
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
             first, self._plan = self._plan, None
-            resumed, self.resumed = self.resumed, None
+            resumed, self._resumed = self._resumed, None
             agreed = agree_plan(
                 self.agreement,
                 key,
@@ -213,6 +220,8 @@ class SavePipeline:
                     timeout_s=self._left_s(),
                     before_write=before_write,
                     before_receipt=check,
+                    block=self.config.block_bytes,
+                    chain=self._chain,
                 )
             except SaveFailed as error:
                 if attempt == retries or isinstance(error, FINAL) or (self.budget is not None and self.budget.passed):

@@ -36,7 +36,7 @@ class Restore:
 
 def may_share(world_size: int, load: Restore) -> bool:
     """Whether ranks ask each other who wants the same; alike on all ranks."""
-    mode, nbytes = load.config.share_loads, sum(shard.size for shard in load.reader.manifest.shards)
+    mode, nbytes = load.config.share_loads, load.reader.manifest.nbytes
     together = world_size > 1 and dist.is_available() and dist.is_initialized()
     return together and (mode == "always" or (mode == "auto" and nbytes >= share.LEAST_BYTES))
 

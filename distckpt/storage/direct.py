@@ -86,8 +86,11 @@ class BufferPool:
         self.allocations = 0
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[memoryview]:
-        """Yield a buffer that nobody else uses meanwhile."""
+    def lend(self, nbytes: int = 0) -> Iterator[memoryview]:
+        """Yield a buffer that nobody else uses meanwhile; where more than the usual ``nbytes`` are wanted, a new one."""
+        if nbytes > self.nbytes:
+            yield anonymous(nbytes)
+            return
         with self._lock:
             view = self._free.pop() if self._free else None
             if view is None:

@@ -160,7 +160,7 @@ def test_a_rank_that_cannot_read_is_an_error_of_all(saved: Path) -> None:
 def requests(sizes: list[int]) -> list[Request]:
     stored = StoredBox("w", "w", "uint8", (1,), Box((0,), (1,)), 0, 1, ("0" * 32,))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [Request(0, [Run(stored, [], 0, 1, start, size, 1)]) for start, size in zip(starts, sizes, strict=True)]
+    return [Request(0, [Run("shard", stored, [], 0, 1, start, size, 1)]) for start, size in zip(starts, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("members", [1, 2, 3, 5, 8])

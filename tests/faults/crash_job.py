@@ -52,6 +52,8 @@ class Job:
     endless: int = 0
     trace: bool = False
     cut: Callable[[], None] = lambda: None
+    incremental: bool = False
+    """Save incrementally a model of which a part is frozen, and of one tensor only some rows change."""
 
 
 class Oracle:
@@ -93,9 +95,9 @@ class Watched(list[str]):
 
 
 class Stage(nn.Module):
-    """A sharded parameter, a replicated one, and one that only this rank has."""
+    """A sharded parameter, a replicated one, and one that only this rank has; ``frozen``: also one that stands still."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, frozen: bool = False) -> None:
         super().__init__()
         mesh = init_device_mesh("cpu", (world,))
         rows = torch.arange(1003).chunk(world)[rank].numel()
@@ -105,6 +107,8 @@ class Stage(nn.Module):
         )
         self.shared = nn.Parameter(torch.zeros(300))
         self.register_parameter(f"own{rank}", nn.Parameter(torch.zeros(77, dtype=torch.bfloat16)))
+        if frozen:
+            self.shared_frozen = nn.Parameter(torch.arange(30_000.0), requires_grad=False)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,17 +118,21 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 class Training:
     """Model and optimizer, whose values depend on all steps and job numbers so far, in bits."""
 
-    def __init__(self, rank: int, world: int, number: int) -> None:
-        self.rank, self.number = rank, number
-        self.model = Stage(rank, world)
+    def __init__(self, rank: int, world: int, number: int, frozen: bool = False) -> None:
+        self.rank, self.number, self.frozen = rank, number, frozen
+        self.model = Stage(rank, world, frozen)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def train(self, step: int) -> None:
         for position, (name, parameter) in enumerate(self.model.named_parameters()):
+            if not parameter.requires_grad:
+                continue
             own = self.rank if name != "shared" else 0
             grad = torch.empty_like(parameter)
             values = torch.arange(local(grad).numel(), dtype=torch.float32).reshape(local(grad).shape)
             local(grad).copy_(torch.sin(values + step * 1.3 + self.number * 0.7 + own * 0.1 + position))
+            if self.frozen and name == "sharded":
+                local(grad)[100:] = 0  # only the first rows of each rank change
             parameter.grad = grad
         self.optimizer.step()
 
@@ -147,10 +155,11 @@ def run(rank: int, job: Job) -> None:
     logging.getLogger("distckpt").setLevel(logging.CRITICAL)
     writer.REQUEST = 4096  # small state in several requests: more places to die at
     oracle = Oracle(job.oracle, rank)
-    training = Training(rank, dist.get_world_size(), job.number)
+    training = Training(rank, dist.get_world_size(), job.number, job.incremental)
     config = CheckpointConfig(
         job.root, save_total_limit=LIMIT, async_save=job.background, preemption_signals=(), control_file=None,
         timeout_s=60.0, retries=0, max_consecutive_failures=0, orphan_grace_s=0.0, threads=2, verbose=False,
+        incremental=job.incremental, block_bytes=4096 if job.incremental else 1 << 20,
     )  # fmt: skip
     manager = CheckpointManager(config, model=training.model, optimizer=training.optimizer)
     report = manager.resume()

@@ -81,7 +81,8 @@ class Result:
 class Chain:
     """Jobs on one root, one after the other, and the oracle's memory of them."""
 
-    def __init__(self, folder: Path, world: int = 2, timeout_s: float = 2.0) -> None:
+    def __init__(self, folder: Path, world: int = 2, timeout_s: float = 2.0, incremental: bool = False) -> None:
+        self.incremental = incremental
         self.root, self.oracle, self.world, self.timeout_s = folder / "root", folder / "oracle.jsonl", world, timeout_s
         self.root.mkdir(parents=True)
         (self.root / NOTE).write_text("mine")
@@ -96,7 +97,7 @@ class Chain:
         endless = 0 if kill.point else 40
         job = Job(
             self.root, self.oracle, self.jobs, kill.background, kill.point, kill.victims, timeout_s=self.timeout_s,
-            endless=endless, trace=kill.point is None,
+            endless=endless, trace=kill.point is None, incremental=self.incremental,
         )  # fmt: skip
         newest = newest_committed(self.root)
         killer = None if kill.point else self._killer(kill)
@@ -117,7 +118,7 @@ class Chain:
     def finish(self) -> Result:
         """Run a last job that nobody kills, and return what the chain saw."""
         newest = newest_committed(self.root)
-        job = Job(self.root, self.oracle, self.jobs, timeout_s=60)
+        job = Job(self.root, self.oracle, self.jobs, timeout_s=60, incremental=self.incremental)
         outcomes = run_ranks(self.world, run, job, check=False, timeout_s=60)
         self._judge(Kill((), False), outcomes, newest)
         return self.result
@@ -297,10 +298,26 @@ def newest_committed(root: Path) -> tuple[int, int] | None:
 
 
 def litter_on_disk(root: Path) -> set[str]:
-    """Return attempt folders that no manifest names, and temporary files."""
-    used = {json.loads(path.read_bytes())["body"]["attempt"] for path in root.glob("step-*/manifest-g*.json")}
-    attempts = {str(p.relative_to(root)) for p in root.glob("step-*/g*") if p.is_dir() and p.name not in used}
-    return attempts | {str(p.relative_to(root)) for p in root.rglob(f"{TEMP_PREFIX}*")}
+    """Return attempt folders with a file that no manifest needs, or without any, and temporary files."""
+    needed = set()
+    for path in root.glob("step-*/manifest-g*.json"):
+        body = json.loads(path.read_bytes())["body"]
+        needed |= {f"{path.parent.name}/{shard['path']}" for shard in body["shards"]}
+        for reference in body.get("reused", []):
+            ranks = [rank for run in reference["ranks"] for rank in range(*run)]
+            needed |= {f"{reference['attempt']}/{names.shard_name(rank, reference['shards'])}" for rank in ranks}
+    found = {str(p.relative_to(root)) for p in root.rglob(f"{TEMP_PREFIX}*")}
+    for folder in root.glob("step-*/g*"):
+        files = {str(p.relative_to(root)) for p in folder.iterdir()}
+        if not files or not files <= needed:
+            found.add(str(folder.relative_to(root)))
+    return found
+
+
+def referred_to(root: Path) -> int:
+    """Return how many bytes checkpoints have in files of earlier steps."""
+    bodies = [json.loads(path.read_bytes())["body"] for path in root.glob("step-*/manifest-g*.json")]
+    return sum(reference["used"] for body in bodies for reference in body.get("reused", []))
 
 
 def read_events(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
@@ -320,13 +337,17 @@ def run_chain(
     world: int = 2,
     timeout_s: float = 2.0,
     progress: Callable[[], None] = lambda: None,
+    incremental: bool = False,
 ) -> Result:
     """Run one job for each kill on one root, and a last one in peace."""
-    chain = Chain(folder, world, timeout_s)
+    chain = Chain(folder, world, timeout_s, incremental)
     for kill in kills:
         chain.kill(kill)
         progress()
-    return chain.finish()
+    result = chain.finish()
+    if incremental and not referred_to(chain.root):
+        result.violations.append("no checkpoint refers to an earlier one: the chain shows nothing")
+    return result
 
 
 def run_chains(
@@ -336,10 +357,12 @@ def run_chains(
     world: int = 2,
     timeout_s: float = 2.0,
     progress: Callable[[], None] = lambda: None,
+    incremental: bool = False,
 ) -> Result:
     """Deal the kills to chains that run side by side (most of a kill is survivors' waiting); one result for all."""
     lots = [kills[number::workers] for number in range(workers)]
-    children = [_fork_chain(folder / f"chain{i}", lot, world, timeout_s, progress) for i, lot in enumerate(lots) if lot]
+    how = world, timeout_s, progress, incremental
+    children = [_fork_chain(folder / f"chain{i}", lot, *how) for i, lot in enumerate(lots) if lot]
     total = Result()
     for pid, log in children:
         status = os.waitpid(pid, 0)[1]
@@ -354,7 +377,7 @@ def run_chains(
 
 
 def _fork_chain(
-    folder: Path, kills: Sequence[Kill], world: int, timeout_s: float, progress: Callable[[], None]
+    folder: Path, kills: Sequence[Kill], world: int, timeout_s: float, progress: Callable[[], None], incremental: bool
 ) -> tuple[int, Any]:
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by run_chains
     sys.stdout.flush()
@@ -364,7 +387,7 @@ def _fork_chain(
         return pid, log
     try:
         try:
-            result = run_chain(folder, kills, world, timeout_s, progress)
+            result = run_chain(folder, kills, world, timeout_s, progress, incremental)
         except BaseException:
             result = Result(violations=[traceback.format_exc()])
         log.write(pickle.dumps(result))
@@ -373,10 +396,12 @@ def _fork_chain(
         os._exit(0)
 
 
-def enumerate_points(folder: Path, background: bool, world: int = 2) -> dict[int, list[tuple[str, int]]]:
+def enumerate_points(
+    folder: Path, background: bool, world: int = 2, incremental: bool = False
+) -> dict[int, list[tuple[str, int]]]:
     """Run a job with the recorder on; return each rank's failpoints in one save: first and last hit of each name."""
     folder.mkdir()
-    job = Job(folder / "root", folder / "oracle", 0, background, trace=True)
+    job = Job(folder / "root", folder / "oracle", 0, background, trace=True, incremental=incremental)
     run_ranks(world, run, job)
     counts: dict[int, Counter[str]] = {rank: Counter() for rank in range(world)}
     for event in read_events(folder / "oracle", 0)[0]:

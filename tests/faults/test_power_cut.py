@@ -78,9 +78,9 @@ def disk(folder: Path) -> Iterator[Disk]:
 class PowerChain(Chain):
     """Jobs of one rank on that disk, each of which ends with a power cut."""
 
-    def __init__(self, folder: Path, disk: Disk, flag: int) -> None:
+    def __init__(self, folder: Path, disk: Disk, flag: int, incremental: bool = False) -> None:
         self.disk, self.flag = disk, flag
-        super().__init__(folder, world=1)
+        super().__init__(folder, world=1, incremental=incremental)
         self.root = disk.mounted / "root"
         self.root.mkdir()
         (self.root / "notes-of-the-user.txt").write_text("mine")

@@ -327,8 +327,8 @@ def test_versions() -> None:
     outer["m"]["comment"] = outer["__metadata__"]["comment"] = ours["later"] = "x"  # type: ignore[assignment]
     data, size = put_together(outer, ours)
     assert len(parse_header(data, file_size=size, where="f").boxes) == 4
-    ours["version"] = [2, 0]
-    refused(*put_together(outer, ours), r"2\.0.*upgrade", UnsupportedVersion)
+    ours["version"] = [3, 0]
+    refused(*put_together(outer, ours), r"3\.0.*upgrade", UnsupportedVersion)
 
 
 def test_many_small_entries_without_our_metadata() -> None:

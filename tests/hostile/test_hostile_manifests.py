@@ -341,7 +341,7 @@ def test_names_like_paths_are_names(name: str) -> None:
 
 def test_a_newer_major_version() -> None:
     with pytest.raises(UnsupportedVersion, match=r"^m: .*upgrade"):
-        decode_manifest(written(honest() | {"version": [2, 0]}), where="m")
+        decode_manifest(written(honest() | {"version": [3, 0]}), where="m")
 
 
 def test_many_explicit_boxes_are_checked_without_comparing_all_pairs() -> None:

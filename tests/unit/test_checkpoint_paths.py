@@ -172,10 +172,10 @@ def test_a_newer_format_is_said_and_not_fallen_back_from(store: PosixStore) -> N
     build_checkpoint(store, 100, tensors={})
     newest = build_checkpoint(store, 200, tensors={})
     path = Path(store.path_of(newest.manifest_path))
-    body = path.read_bytes().partition(b'"body":')[2][:-2].replace(b'"version":[1,0]', b'"version":[2,0]')
+    body = path.read_bytes().partition(b'"body":')[2][:-2].replace(b'"version":[1,0]', b'"version":[3,0]')
     path.write_bytes(b'{"digest":"xxh3-128:' + digest(body).encode() + b'","body":' + body + b"}\n")
-    with pytest.raises(UnsupportedVersion, match=r"2\.0"):
+    with pytest.raises(UnsupportedVersion, match=r"3\.0"):
         open_checkpoint(store.root)
-    store.create(names.ROOT_FILE, b'{"format":"distckpt","version":[2,0],"run_id":"x"}')
+    store.create(names.ROOT_FILE, b'{"format":"distckpt","version":[3,0],"run_id":"x"}')
     with pytest.raises(UnsupportedVersion):
         list_checkpoints(store.root)

@@ -64,7 +64,7 @@ def spec_manifest(root: Path, generation: int, step: int) -> dict[str, Any]:
     frame = b'{"digest":"xxh3-128:' + xxh3(body).encode() + b'","body":' + body + b"}\n"
     need(frame == data, "manifest digest")
     found: dict[str, Any] = json.loads(body)
-    need(found["format"] == "distckpt" and found["version"][0] == 1, "format")
+    need(found["format"] == "distckpt" and found["version"][0] in (1, 2), "format")
     need((found["step"], found["generation"]) == (step, generation), "name")
     return found
 
@@ -124,6 +124,36 @@ def spec_held(manifest: dict[str, Any], tensor: dict[str, Any]) -> dict[int, np.
     return held
 
 
+def spec_boxes(
+    folder: Path, manifest: dict[str, Any], path: Path, start: int, entries: dict[str, Any], ours: dict[str, Any]
+) -> list[tuple[dict[str, Any], bytes]]:
+    """Return a shard's boxes and their bytes, wherever these lie (section 4)."""
+    own = path.read_bytes()[start:]
+    found = [(box, own[slice(*entries[key]["data_offsets"])]) for key, box in ours["tensors"].items()]
+    packed = own[slice(*entries[ours["packed"]]["data_offsets"])] if "packed" in ours else b""
+    others = []
+    for other, size, header in ours.get("files", []):
+        folders = {r["attempt"]: (r["shards"], [n for run in r["ranks"] for n in range(*run)]) for r in manifest["reused"]}
+        attempt, _, leaf = other.rpartition("/")
+        rank, count = int(leaf[:5]), int(leaf[9:14])
+        need(folders[attempt][0] == count and rank in folders[attempt][1], "a file that the manifest names")
+        others.append((folder.parent / other).read_bytes())
+        need(len(others[-1]) == size, "size of a file that is referred to")
+        need(xxh3(others[-1][: 8 + struct.unpack("<Q", others[-1][:8])[0]]) == header, "its header")
+    for box in ours["reused"]:
+        left, data = math.prod(box["sizes"]) * np.dtype(box["dtype"]).itemsize, b""
+        for blocks, *there in box["runs"]:
+            size = min(blocks * ours["block"], left)
+            left -= size
+            if there:
+                data += others[there[0]][there[1] : there[1] + size]
+            else:
+                data, packed = data + packed[:size], packed[size:]
+        found.append((box, data))
+    need(not packed, "own runs fill the packed blocks")
+    return found
+
+
 def spec_tensor(folder: Path, manifest: dict[str, Any], name: str, itemsize: int) -> np.ndarray:
     """Return a tensor's bytes, of shape [..., itemsize], asking only the shards that its layout names."""
     name = manifest["aliases"].get(name, name)
@@ -133,11 +163,9 @@ def spec_tensor(folder: Path, manifest: dict[str, Any], name: str, itemsize: int
     held = spec_held(manifest, tensor) if len(manifest["shards"]) > 1 else {0: np.ones(tensor["shape"], bool)}
     for rank, mask in held.items():
         path, start, entries, ours = spec_header(folder, manifest, rank)
-        for key, box in ours["tensors"].items():
+        for box, data in spec_boxes(folder, manifest, path, start, entries, ours):
             if box["fqn"] != name:
                 continue
-            begin, end = entries[key]["data_offsets"]
-            data = path.read_bytes()[start + begin : start + end]
             blocks = [data[at : at + ours["block"]] for at in range(0, len(data), ours["block"])]
             need([xxh3(block) for block in blocks] == box["digests"], f"block of {name}")
             place = tuple(slice(o, o + s) for o, s in zip(box["offsets"], box["sizes"], strict=True))
@@ -291,6 +319,30 @@ def test_the_reader_notices_every_flipped_byte(tmp_path: Path) -> None:
             with pytest.raises((Damaged, ValueError, KeyError, struct.error)):
                 spec_tensor(folder_of(tmp_path, 3), spec_manifest(tmp_path, 1, 3), "w", 4)
         path.write_bytes(good)
+
+
+def test_the_reader_reads_incremental_saves(tmp_path: Path) -> None:
+    import torch
+
+    from distckpt import CheckpointConfig, CheckpointManager
+
+    model = torch.nn.ParameterDict({f"p{n}": torch.randn(n, 1000) for n in (1, 9, 20)})
+    config = CheckpointConfig(
+        tmp_path, incremental=True, block_bytes=4096, preemption_signals=(), control_file=None, save_total_limit=2
+    )
+    with CheckpointManager(config, model) as manager:
+        for step in range(1, 6):
+            with torch.no_grad():
+                model["p9"].data[step] += 1
+                model["p20"].data[3 * step] += 1
+            manager.save(step=step)
+            manifest = spec_manifest(tmp_path, *spec_lineage(tmp_path)[0])
+            assert manifest["version"] == ([2, 0] if step > 1 else [1, 0])
+            assert ("reused" in manifest) == (step > 1)
+            for name, value in model.named_parameters():
+                found = spec_tensor(folder_of(tmp_path, step), manifest, f"model.{name}", 4)
+                assert found.tobytes() == value.detach().numpy().tobytes()
+    assert len({r["attempt"].partition("/")[0] for r in manifest["reused"]}) > 2
 
 
 @pytest.mark.parametrize("lost", [None, 1, 2, 3, 4])

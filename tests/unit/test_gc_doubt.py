@@ -158,12 +158,12 @@ def test_nothing_of_a_step_with_an_unreadable_manifest_goes(store: Store, monkey
 def test_a_newer_format_or_an_unreadable_disk_stops_everything(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     one, _, _, four = steps(store, 100, 200, 300, 400)
     data = store.read(four.manifest_path)
-    body = data.partition(b'"body":')[2][:-2].replace(b'"version":[1,0]', b'"version":[2,0]')
+    body = data.partition(b'"body":')[2][:-2].replace(b'"version":[1,0]', b'"version":[3,0]')
     store.delete(four.manifest_path)
     store.create(four.manifest_path, b'{"digest":"xxh3-128:' + digest(body).encode() + b'","body":' + body + b"}\n")
     report = collected(store, [one])
     assert report.removed == ()
-    assert "2.0" in report.reasons[one.manifest_path]
+    assert "3.0" in report.reasons[one.manifest_path]
     store.delete(four.manifest_path)
     store.create(four.manifest_path, data)
     read = type(store).read

@@ -158,7 +158,7 @@ def test_racing_roots_agree(store: Store) -> None:
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (b'{"format":"distckpt","version":[2,0],"run_id":"x"}', UnsupportedVersion),
+        (b'{"format":"distckpt","version":[3,0],"run_id":"x"}', UnsupportedVersion),
         (b'{"format":"distckpt","version":[1,0],"version":[1,0],"run_id":"x"}', ManifestError),
         (b'{"format":"other","version":[1,0],"run_id":"x"}', ManifestError),
         (b'{"format":"distckpt","version":"1.0","run_id":"x"}', ManifestError),

@@ -116,8 +116,8 @@ def test_a_reader_of_today_reads_later_minor_versions() -> None:
 
 
 def test_a_later_major_version_says_what_to_do() -> None:
-    later = {"format": "distckpt", "version": [2, 1], "everything": "else"}
-    with pytest.raises(UnsupportedVersion, match=r"m: \$: written in format 2\.1.*reads 1\.x.*upgrade"):
+    later = {"format": "distckpt", "version": [3, 1], "everything": "else"}
+    with pytest.raises(UnsupportedVersion, match=r"m: \$: written in format 3\.1.*reads up to 2\.x.*upgrade"):
         decode_manifest(framed(later), where="m")
 
 
