@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal
+
+from distckpt.analysis.texts import number
 
 Point = tuple[float, float]
 MarkKind = Literal["saved", "averaged", "best", "chosen"]
@@ -20,7 +23,10 @@ LOG_RATIO: Final = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: finite (x, y) with rising x. ``band`` has (x, low, high); ``lost``: how many values were not finite."""
+    """A line: finite (x, y) with rising x. ``band`` has (x, low, high); ``lost``: where a value was not finite.
+
+    The line is broken there, never drawn across.
+    """
 
     label: str
     points: tuple[Point, ...]
@@ -28,7 +34,25 @@ class Series:
     dashed: bool = False
     dots: bool = False
     band: tuple[tuple[float, float, float], ...] = ()
-    lost: int = 0
+    lost: tuple[float, ...] = ()
+
+    @property
+    def stretches(self) -> list[list[Point]]:
+        """The points between one lost value and the next."""
+        found: list[list[Point]] = [[]]
+        for point, after in zip(self.points, (*self.points[1:], None), strict=True):
+            found[-1].append(point)
+            here = bisect.bisect(self.lost, point[0])
+            if after is not None and here < len(self.lost) and self.lost[here] < after[0]:
+                found.append([])
+        return found
+
+    def height_at(self, x: float) -> float | None:
+        """Return the line's height, between points on the straight line; None where it is not drawn."""
+        for points in self.stretches:
+            if points and points[0][0] <= x <= points[-1][0]:
+                return value_at(points, x)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +113,8 @@ def series_of(label: str, values: Iterable[tuple[float, float]], *, colour: int 
     """Return a line from (x, y) in any order; what is not finite is counted and left out, long ones are thinned."""
     ordered = sorted(values, key=lambda value: value[0])
     finite = [(x, y) for x, y in ordered if math.isfinite(x) and math.isfinite(y)]
-    return Series(label, tuple(thin(finite)), colour, dots=dots, lost=len(ordered) - len(finite))
+    lost = [x for x, y in ordered if math.isfinite(x) and not math.isfinite(y)]
+    return Series(label, tuple(thin(finite)), colour, dots=dots, lost=tuple(lost))
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -154,28 +179,6 @@ def _round_step(rough: float, whole: bool) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     return max(1.0, size) if whole else size
-
-
-def number(value: float, step: float = 0.0) -> str:
-    """Return a number for a reader: as many decimals as ``step`` tells apart, k and M for large ones, powers for extremes."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    step = abs(step) or abs(value) / 1000
-    largest = max(abs(value), step)
-    if largest >= 1e15 or largest < 1e-4:
-        return f"{value:.{_digits(value, step)}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= 10 * scale or (letter != "k" and largest >= scale):
-            return f"{value / scale:.{_decimals(step / scale)}f}{letter}"
-    return f"{value:.{_decimals(step)}f}"
-
-
-def _decimals(step: float) -> int:
-    return min(9, max(0, -math.floor(math.log10(step) + 1e-9)))
-
-
-def _digits(value: float, step: float) -> int:
-    return min(3, max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step) + 1e-9)))
 
 
 def fit_ticks(found: Axis, width: float, letter: float = 6.4) -> Axis:

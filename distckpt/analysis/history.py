@@ -138,7 +138,8 @@ def starts(run: Run) -> list[Start]:
 
 
 def _steps(run: Run, generation: int) -> list[int]:
-    return [item.step for item in (*run.saves, *run.rows) if item.generation == generation]
+    saved = [save.step for save in run.saves if save.generation == generation]
+    return saved + [row.step for row in run.rows if row.generation == generation]
 
 
 def _passed_over(run: Run, record: Generation | None) -> tuple[Save, ...]:

@@ -75,9 +75,10 @@ def weight_norms(run: Run, *, compute: bool = True, progress: Progress | None = 
         computed, bad = _compute(opened, progress)
         problems += bad
         for index in missing:
-            if index in computed and (not index or index - 1 in computed):
+            if index in computed:
                 found[index] = computed[index]
-                _remember(run, line[index], line[index - 1] if index else None, computed[index])
+                if not index or index - 1 in computed:
+                    _remember(run, line[index], line[index - 1] if index else None, computed[index])
     return [_norms(line, index, found[index]) for index in sorted(found)], problems
 
 
@@ -131,7 +132,7 @@ def _through(fqn: str, opened: dict[int, Checkpoint]) -> list[tuple[int, tuple[f
     sums = {index: [0.0, 0.0 if index - 1 in there or index == 0 else math.nan] for index in there}
     told: dict[int, str] = {}
     pieces = {index: _pieces(opened[index], fqn) for index in there}
-    if len({tuple(opened[index].manifest.tensors[fqn].shape) for index in there}) > 1:
+    if len({(one.dtype, *one.shape) for one in (opened[index].manifest.tensors[fqn] for index in there)}) > 1:
         sums = {index: [0.0, math.nan] for index in there}
     active = list(there)
     while active:

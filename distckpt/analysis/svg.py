@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from distckpt.analysis import page
-from distckpt.analysis.charts import MARKS, Axis, Bars, Chart, Mark, MarkKind, Series, axis, fit_ticks, number, value_at
+from distckpt.analysis.charts import MARKS, Axis, Bars, Chart, Mark, MarkKind, Series, axis, fit_ticks
 from distckpt.analysis.page import SERIES_COLOURS, Html, element
+from distckpt.analysis.texts import number
 
 WIDTH: Final = 400
 HEIGHT: Final = 230
@@ -34,10 +35,10 @@ def line_chart(chart: Chart) -> Html:
     """Return a chart as a figure, with a legend where it has several lines."""
     values = [y for s in chart.series for _, y in s.points] + [y for s in chart.series for _, *b in s.band for y in b]
     if not values:
-        return page.figure(page.paragraph("no finite value", kind="note"), _caption(chart.title, chart.note))
+        return page.figure(page.paragraph("no finite value", kind="note"), _caption(chart))
     steps = [x for s in chart.series for x, _ in s.points]
     across, up = axis(steps, whole=True), axis(values, from_zero=chart.from_zero)
-    x, y, frame = _frame(across, up, chart.x_label, chart.unit)
+    x, y, frame = _frame(across, up, chart.x_label)
     body: list[object] = [frame]
     for at, title in chart.rules:
         if across.low <= at <= across.high:
@@ -47,17 +48,17 @@ def line_chart(chart: Chart) -> Html:
     body += _marks(chart, x, y)
     drawing = _svg(body, f"{chart.title} over {chart.x_label}")
     legend = series_legend([(s.label, s.colour) for s in chart.series]) if len(chart.series) > 1 else None
-    return page.figure(page.join([legend, drawing]), _caption(chart.title, chart.note))
+    return page.figure(page.join([legend, drawing]), _caption(chart))
 
 
 def bar_chart(chart: Bars) -> Html:
     """Return stacked bars as a figure, with a legend where they have several parts."""
     totals = [sum(values) for _, values in chart.bars]
     if not totals:
-        return page.figure(page.paragraph("nothing to show", kind="note"), _caption(chart.title, chart.note))
+        return page.figure(page.paragraph("nothing to show", kind="note"), _caption(chart))
     up = axis([0.0, *totals], from_zero=True)
     across = Axis(0.0, float(len(chart.bars)), False, ())
-    x, y, frame = _frame(across, up, chart.x_label, chart.unit)
+    x, y, frame = _frame(across, up, chart.x_label)
     body: list[object] = [frame]
     wide = max(1.0, min(46.0, (x(1.0) - x(0.0)) * 0.72))
     for index, (name, values) in enumerate(chart.bars):
@@ -74,7 +75,7 @@ def bar_chart(chart: Bars) -> Html:
     legend = (
         series_legend([(part, index + 1) for index, part in enumerate(chart.parts)]) if len(chart.parts) > 1 else None
     )
-    return page.figure(page.join([legend, _svg(body, chart.title)]), _caption(chart.title, chart.note))
+    return page.figure(page.join([legend, _svg(body, chart.title)]), _caption(chart))
 
 
 # ---------------------------------------------------------------- parts
@@ -84,11 +85,12 @@ def _svg(body: Iterable[object], label: str) -> Html:
     return element("svg", *body, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
 
 
-def _caption(title: str, note: str) -> Html:
-    return page.join([title, element("small", note) if note else None])
+def _caption(chart: Chart | Bars) -> Html:
+    title = f"{chart.title} ({chart.unit})" if chart.unit else chart.title
+    return page.join([title, element("small", chart.note) if chart.note else None])
 
 
-def _frame(across: Axis, up: Axis, x_label: str, unit: str) -> tuple[Place, Place, Html]:
+def _frame(across: Axis, up: Axis, x_label: str) -> tuple[Place, Place, Html]:
     """Return the two scales, and grid, ticks and labels."""
     left = 12 + _LETTER * max((len(label) for _, label in up.ticks), default=1)
     width, height = WIDTH - left - _RIGHT, HEIGHT - _TOP - _BOTTOM
@@ -109,8 +111,6 @@ def _frame(across: Axis, up: Axis, x_label: str, unit: str) -> tuple[Place, Plac
         parts.append(element("line", x1=x(value), x2=x(value), y1=floor, y2=floor + 4, stroke="var(--line)"))
         parts.append(element("text", label, x=_inside(x(value), label), y=floor + 16, text_anchor="middle"))
     parts.append(element("text", x_label, x=left + width / 2, y=HEIGHT - 6, text_anchor="middle"))
-    if unit:
-        parts.append(element("text", unit, x=2, y=HEIGHT - 6))
     return x, y, element("g", *parts)
 
 
@@ -135,19 +135,21 @@ def _line(series: Series, x: Place, y: Place) -> list[Html]:
             title = element("title", f"{series.label}: {number(low)} to {number(high)}")
             ends = {"x1": x(at), "x2": x(at), "y1": y(low), "y2": y(high)}
             parts.append(element("line", title, **ends, stroke=colour, opacity=0.45))
-    placed = [(x(a), y(b)) for a, b in series.points]
     dash = "5 3" if series.dashed else _DASHES[min(len(_DASHES) - 1, (series.colour - 1) // SERIES_COLOURS)]
-    if len(placed) > 1:
+    for stretch in series.stretches:
+        placed = [(x(a), y(b)) for a, b in stretch]
+        if len(placed) == 1 and not series.dots:
+            parts.append(element("circle", cx=placed[0][0], cy=placed[0][1], r=1.6, fill=colour))
+            continue
         parts.append(
             element(
                 "polyline", points=_points(placed), fill="none", stroke=colour, stroke_width=1.7, stroke_dasharray=dash,
                 stroke_linejoin="round",
             )
         )  # fmt: skip
-    if series.dots or len(placed) == 1:
-        for (cx, cy), (a, b) in zip(placed, series.points, strict=True):
-            title = element("title", f"{series.label}: {number(b)} at {number(a, 1)}")
-            parts.append(element("circle", title, cx=cx, cy=cy, r=2.6, fill=colour))
+    for a, b in series.points if series.dots else ():
+        title = element("title", f"{series.label}: {number(b)} at {number(a, 1)}")
+        parts.append(element("circle", title, cx=x(a), cy=y(b), r=2.6, fill=colour))
     return parts
 
 
@@ -157,12 +159,12 @@ def _points(placed: Sequence[tuple[float, float]]) -> str:
 
 def _marks(chart: Chart, x: Place, y: Place) -> list[Html]:
     """Draw checkpoints on the first line, or at the foot of the chart where it has no value."""
-    line = chart.series[0].points
+    line = chart.series[0]
     drawn = []
     for mark in sorted(chart.marks, key=lambda mark: MARKS.index(mark.kind)):
-        if not line[0][0] <= mark.x <= line[-1][0]:
+        if not line.points or not line.points[0][0] <= mark.x <= line.points[-1][0]:
             continue
-        height = value_at(line, mark.x)
+        height = line.height_at(mark.x)
         drawn.append(mark_shape(mark.kind, x(mark.x), HEIGHT - _BOTTOM if height is None else y(height), mark.title))
     return drawn
 
@@ -199,8 +201,8 @@ def series_legend(names: Sequence[tuple[str, int]]) -> Html:
     for label, colour in names:
         dash = _DASHES[min(len(_DASHES) - 1, (colour - 1) // SERIES_COLOURS)]
         stroke = f"var(--c{(colour - 1) % SERIES_COLOURS + 1})"
-        sample = element("line", x1=1, x2=23, y1=7, y2=7, stroke=stroke, stroke_width=3, stroke_dasharray=dash)
-        items.append(element("li", element("svg", sample, viewBox="0 0 24 14", aria_hidden="true"), label))
+        sample = element("line", x1=1, x2=23, y1=9, y2=9, stroke=stroke, stroke_width=3, stroke_dasharray=dash)
+        items.append(element("li", element("svg", sample, viewBox="0 0 24 18", aria_hidden="true"), label))
     return element("ul", *items, class_="legend")
 
 
