@@ -15,6 +15,12 @@ Point = tuple[float, float]
 MarkKind = Literal["saved", "averaged", "best", "chosen"]
 MARKS: Final[tuple[MarkKind, ...]] = ("saved", "averaged", "best", "chosen")
 """In the order in which they are drawn, the last on top."""
+MARK_WORDS: Final[dict[MarkKind, str]] = {
+    "saved": "saved",
+    "averaged": "member of an average",
+    "best": "best",
+    "chosen": "chosen",
+}
 MOST_POINTS: Final = 400
 """More than a line of a chart has pixels for."""
 LOG_RATIO: Final = 1000.0

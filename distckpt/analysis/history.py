@@ -6,6 +6,7 @@ logged, a manifest the moment at which it appeared.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import math
 import statistics
@@ -73,9 +74,7 @@ def seconds_of(utc: str) -> float | None:
 
 def timings(run: Run) -> list[SaveTiming]:
     """Return the timing of every save whose manifest can be read, in the order of steps."""
-    rows: dict[int, list[Row]] = {}
-    for row in run.rows:
-        rows.setdefault(row.generation, []).append(row)
+    rows = _by_generation(run)
     saved = {(save.step, save.generation) for save in run.saves}
     usual = {generation: _usual(found, saved) for generation, found in rows.items()}
     return [
@@ -83,15 +82,24 @@ def timings(run: Run) -> list[SaveTiming]:
     ]
 
 
+def _by_generation(run: Run) -> dict[int, list[Row]]:
+    """Return each job start's rows by step; of one step in the order in which they were logged."""
+    found: dict[int, list[Row]] = {}
+    for row in run.rows:
+        found.setdefault(row.generation, []).append(row)
+    return found
+
+
 def _timing(save: Save, rows: Sequence[Row], usual: float | None) -> SaveTiming:
     said = seconds_of(save.time)
     coarse = said is None or abs(save.committed_at - said) > _COARSE_S
     done = said if coarse else save.committed_at
-    here = [row for row in rows if row.step == save.step]
+    first = bisect.bisect_left(rows, save.step, key=lambda row: row.step)
+    end = bisect.bisect_right(rows, save.step, key=lambda row: row.step)
+    here, after = rows[first:end], rows[end] if end < len(rows) else None
     seconds = None if not here or done is None else done - here[-1].time
     if seconds is not None and seconds < 0:  # clocks disagree, or the save was called for before its metrics
         seconds = 0.0 if seconds > -1 else None
-    after = next((row for row in rows if row.step > save.step), None)
     held_up = None
     if here and after is not None and usual is not None:
         held_up = max(0.0, after.time - here[0].time - usual * (after.step - save.step))
@@ -118,28 +126,27 @@ def _usual(rows: Sequence[Row], saved: set[tuple[int, int]]) -> float | None:
 
 def starts(run: Run) -> list[Start]:
     """Return the job starts, first to last; one whose record is lost is there if it left commits or metrics."""
-    records = {record.number: record for record in run.generations}
-    known = sorted({*records, *(save.generation for save in run.saves), *(row.generation for row in run.rows)})
+    records, rows = {record.number: record for record in run.generations}, _by_generation(run)
+    saves: dict[int, list[Save]] = {}
+    for save in run.saves:
+        saves.setdefault(save.generation, []).append(save)
     found = []
-    for number in known:
-        record = records.get(number)
-        steps = _steps(run, number)
-        later = [r for r in run.generations if r.resumed_from is not None and r.resumed_from[0] == number]
-        redone = max((max(steps) - r.resumed_from[1] for r in later if steps and r.resumed_from is not None), default=0)
+    for number in sorted({*records, *saves, *rows}):
+        record, own, logged = records.get(number), saves.get(number, []), rows.get(number, [])
+        steps = [item.step for item in own] + [row.step for row in logged]
+        origins = [
+            r.resumed_from[1] for r in run.generations if r.resumed_from is not None and r.resumed_from[0] == number
+        ]
+        redone = max(0, max(steps) - min(origins)) if steps and origins else 0
         found.append(
             Start(
                 number, record.host if record else "", record.owner if record else "", record.time if record else "",
-                record.resumed_from if record else None, min(steps, default=None), max(steps, default=None),
-                sum(save.generation == number for save in run.saves), max(0, redone), _passed_over(run, record),
-                _idle(run, record), run.beats.get(number), record is not None,
+                record.resumed_from if record else None, min(steps, default=None), max(steps, default=None), len(own), redone,
+                _passed_over(run, record), _idle(record, rows.get(number - 1, []), saves.get(number - 1, [])),
+                run.beats.get(number), record is not None,
             )
         )  # fmt: skip
     return found
-
-
-def _steps(run: Run, generation: int) -> list[int]:
-    saved = [save.step for save in run.saves if save.generation == generation]
-    return saved + [row.step for row in run.rows if row.generation == generation]
 
 
 def _passed_over(run: Run, record: Generation | None) -> tuple[Save, ...]:
@@ -157,13 +164,10 @@ def _passed_over(run: Run, record: Generation | None) -> tuple[Save, ...]:
     return tuple(save for save in there if save.committed in line and save.step > record.resumed_from[1])
 
 
-def _idle(run: Run, record: Generation | None) -> float | None:
-    if record is None or record.resumed_from is None:
-        return None
-    began = seconds_of(record.time)
-    before = record.number - 1
-    signs = [row.time for row in run.rows if row.generation == before]
-    signs += [at for save in run.saves if save.generation == before and (at := seconds_of(save.time)) is not None]
+def _idle(record: Generation | None, rows: Sequence[Row], saves: Sequence[Save]) -> float | None:
+    """Return the seconds from the last sign of the job start before to this one."""
+    began = None if record is None or record.resumed_from is None else seconds_of(record.time)
+    signs = [row.time for row in rows] + [at for save in saves if (at := seconds_of(save.time)) is not None]
     return None if began is None or not signs else max(0.0, began - max(signs))
 
 

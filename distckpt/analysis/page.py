@@ -201,6 +201,7 @@ th,td{{padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);text-align:lef
 th{{color:var(--soft);font-weight:600;border-bottom-color:var(--line);vertical-align:bottom}}
 th:first-child,td:first-child{{position:sticky;left:0;background:var(--bg)}}
 td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+td .name{{display:inline-block;min-width:14ch}}
 td small{{color:var(--soft)}}
 .badge{{display:inline-block;border:1px solid var(--line);border-radius:9px;padding:0 7px;margin-right:4px}}
 .badge{{font-size:.8rem;white-space:nowrap}}

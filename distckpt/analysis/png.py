@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
-from distckpt.analysis.charts import MARKS, Bars, Chart, MarkKind, axis
+from distckpt.analysis.charts import MARK_WORDS, MARKS, Bars, Chart, MarkKind, axis
 from distckpt.errors import ConfigError, optional
 
 COLOURS: Final = ("#0067a5", "#c65102", "#00795a", "#a33b8c", "#7a6a00", "#4d5b6b")
@@ -49,7 +49,17 @@ def write_png(path: str | os.PathLike[str], title: str, charts: Sequence[Chart |
         axes.grid(axis="y", color="#e7eaee", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, shown)
     figure.savefig(os.fspath(path), format="png")
+
+
+def _legend(figure: Any, charts: Sequence[Chart | Bars]) -> None:
+    """Say below all what the marks are."""
+    there = {mark.kind for chart in charts if isinstance(chart, Chart) for mark in chart.marks}
+    axes = figure.axes[0]
+    handles = [axes.scatter([], [], label=MARK_WORDS[kind], **_SIGNS[kind]) for kind in MARKS if kind in there]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
 
 
 def _plain(text: str) -> str:
@@ -100,4 +110,5 @@ def _bars(axes: Any, chart: Bars) -> None:
     places = range(0, len(chart.bars), every)
     axes.set_xticks(list(places), [chart.bars[index][0] for index in places])
     if len(chart.parts) > 1:
-        axes.legend(fontsize=7, frameon=False)
+        axes.set_ylim(top=max(below) * 1.2)
+        axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=len(chart.parts))

@@ -32,7 +32,7 @@ from distckpt.format.lineage import (
     read_root,
 )
 from distckpt.format.manifest import Manifest, decode_manifest
-from distckpt.format.uncommitted import Uncommitted, uncommitted
+from distckpt.format.uncommitted import Uncommitted, attempts_of, uncommitted
 from distckpt.format.verify import quick_check
 from distckpt.storage.base import Entry, Store
 
@@ -70,7 +70,7 @@ class RunReader:
         saves = self._read_saves(commits, generations, entries)
         rows, damaged = self._read_rows(entries)
         problems += damaged
-        attempts = uncommitted(store)
+        attempts = uncommitted(store, self._referred)
         return Run(
             _root(store), store, run_id, created, tuple(generations), saves, rows, _on_line(rows, generations),
             tuple(attempts), _beats(entries.values()), _storage(entries.values(), saves, attempts), _metric(saves),
@@ -101,6 +101,10 @@ class RunReader:
         with ThreadPoolExecutor(8, thread_name_prefix="distckpt-run") as pool:
             found = [save for save in pool.map(read, commits) if save is not None]
         return tuple(sorted(found, key=lambda save: (save.step, save.generation)))
+
+    def _referred(self, store: Store, commit: Committed) -> set[str]:
+        known = self._saves.get(commit.manifest_path)
+        return attempts_of(store, commit) if known is None else {path.split("/")[1] for path, _ in known.shards}
 
     def _missing(self, save: Save, entries: Mapping[str, Entry]) -> str | None:
         """Return what is wrong with the files: sizes from the listing; only a doubt asks the storage again."""

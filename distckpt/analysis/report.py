@@ -92,7 +92,7 @@ def write_report(
     document = page.encoded(page.page(name, there, lead=_lead(found, begun, now)))
     target = Path(f"{name}-report.html" if out is None else out)
     target.write_bytes(document)
-    picture = None if png is None else _picture(png, name, [*learning, *saving, *sizes])
+    picture = None if png is None else _picture(png, name, [*learning, *scores.all_charts(candidates), *saving, *sizes])
     return Report(str(target), picture, tuple(section.id for section in there), tuple(wrong), len(document))
 
 

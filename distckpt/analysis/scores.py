@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from distckpt.analysis import page, svg
@@ -124,7 +125,7 @@ def _table(candidates: Candidates, ones: Sequence[Evaluation], intervals: Interv
     for one in ones:
         marks = [page.badge("chosen", "good")] if candidates.is_chosen(one) else []
         cells = [_cell(one, metric, intervals, key_of(one) in best[metric]) for metric in metrics]
-        rows.append([page.join([candidates.label(one), " " if marks else "", *marks]), one.step, *cells])
+        rows.append([page.join([element("span", candidates.label(one), class_="name"), *marks]), one.step, *cells])
     said = "Bold: the best of a column, ties included. Small: counts or n, and Wilson's 95 % interval of a proportion."
     return page.table(heads, rows, caption=said if len(ones) > 1 else said.partition(". ")[2])
 
@@ -208,6 +209,15 @@ def _chart_note(charts: Sequence[Chart]) -> Html:
     legend = svg.marks_legend(charts[0].marks)
     said = "Bands: Wilson's 95 % interval, of proportions only (F1 and areas are none)." if banded else ""
     return page.join([legend, page.paragraph(said, kind="note") if said else None])
+
+
+def all_charts(candidates: Candidates) -> list[Chart]:
+    """Return the charts of all data, their names in the titles."""
+    return [
+        replace(chart, title=f"{title}: {chart.title}")
+        for title, ones in groups(candidates)
+        for chart in score_charts(candidates, ones, _intervals(ones)[0])
+    ]
 
 
 # ---------------------------------------------------------------- confusion

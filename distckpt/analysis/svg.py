@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from distckpt.analysis import page
-from distckpt.analysis.charts import MARKS, Axis, Bars, Chart, Mark, MarkKind, Series, axis, fit_ticks
+from distckpt.analysis.charts import MARK_WORDS, MARKS, Axis, Bars, Chart, Mark, MarkKind, Series, axis, fit_ticks
 from distckpt.analysis.page import SERIES_COLOURS, Html, element
 from distckpt.analysis.texts import number
 
@@ -21,12 +21,6 @@ MARK_COLOURS: Final[dict[MarkKind, str]] = {
     "averaged": "var(--c4)",
     "best": "var(--c3)",
     "chosen": "var(--c2)",
-}
-MARK_WORDS: Final[dict[MarkKind, str]] = {
-    "saved": "saved",
-    "averaged": "member of an average",
-    "best": "best",
-    "chosen": "chosen",
 }
 Place = Callable[[float], float]
 
@@ -139,7 +133,7 @@ def _line(series: Series, x: Place, y: Place) -> list[Html]:
     for stretch in series.stretches:
         placed = [(x(a), y(b)) for a, b in stretch]
         if len(placed) == 1 and not series.dots:
-            parts.append(element("circle", cx=placed[0][0], cy=placed[0][1], r=1.6, fill=colour))
+            parts.append(element("circle", cx=placed[0][0], cy=placed[0][1], r=2.6, fill=colour))
             continue
         parts.append(
             element(
