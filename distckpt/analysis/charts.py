@@ -45,18 +45,18 @@ class Series:
     @property
     def stretches(self) -> list[list[Point]]:
         """The points between one lost value and the next."""
-        found: list[list[Point]] = [[]]
-        for point, after in zip(self.points, (*self.points[1:], None), strict=True):
-            found[-1].append(point)
-            here = bisect.bisect(self.lost, point[0])
-            if after is not None and here < len(self.lost) and self.lost[here] < after[0]:
+        found = [[point] for point in self.points[:1]]
+        for before, after in pairwise(self.points):
+            here = bisect.bisect(self.lost, before[0])
+            if here < len(self.lost) and self.lost[here] < after[0]:
                 found.append([])
+            found[-1].append(after)
         return found
 
     def height_at(self, x: float) -> float | None:
         """Return the line's height, between points on the straight line; None where it is not drawn."""
         for points in self.stretches:
-            if points and points[0][0] <= x <= points[-1][0]:
+            if points[0][0] <= x <= points[-1][0]:
                 return value_at(points, x)
         return None
 

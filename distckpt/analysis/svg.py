@@ -103,8 +103,8 @@ def _frame(across: Axis, up: Axis, x_label: str) -> tuple[Place, Place, Html]:
     parts.append(element("line", x1=left, x2=WIDTH - _RIGHT, y1=floor, y2=floor, stroke="var(--line)"))
     for value, label in fit_ticks(across, width).ticks:
         parts.append(element("line", x1=x(value), x2=x(value), y1=floor, y2=floor + 4, stroke="var(--line)"))
-        parts.append(element("text", label, x=_inside(x(value), label), y=floor + 16, text_anchor="middle"))
-    parts.append(element("text", x_label, x=left + width / 2, y=HEIGHT - 6, text_anchor="middle"))
+        parts.append(element("text", label, x=_inside(x(value), label), y=floor + 19, text_anchor="middle"))
+    parts.append(element("text", x_label, x=left + width / 2, y=HEIGHT - 3, text_anchor="middle"))
     return x, y, element("g", *parts)
 
 
@@ -180,7 +180,7 @@ def _bar_names(names: Sequence[str], x: Place) -> list[Html]:
     each = x(1.0) - x(0.0)
     every = max(1, -(-int(max(map(len, names)) * _LETTER + 8) // max(1, int(each))))
     return [
-        element("text", name, x=_inside(x(index + 0.5), name), y=HEIGHT - _BOTTOM + 16, text_anchor="middle")
+        element("text", name, x=_inside(x(index + 0.5), name), y=HEIGHT - _BOTTOM + 19, text_anchor="middle")
         for index, name in enumerate(names)
         if index % every == 0
     ]
