@@ -103,9 +103,9 @@ def table(heads: Sequence[Head], rows: Iterable[Sequence[object]], *, caption: o
         )
         for row in rows
     ]
-    above = None if caption is None else element("caption", caption)
-    whole = element("table", above, element("thead", element("tr", *title)), element("tbody", *body))
-    return element("div", whole, class_="scroll", tabindex=0)
+    above = None if caption is None else paragraph(caption, kind="note")
+    whole = element("table", element("thead", element("tr", *title)), element("tbody", *body))
+    return join([above, element("div", whole, class_="scroll", tabindex=0)])
 
 
 def details(summary: object, *children: object, open_: bool = False) -> Html:
@@ -196,7 +196,6 @@ code{{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wr
 .tiles dd{{margin:0;font-size:1.12rem;font-weight:600;overflow-wrap:anywhere}}
 .scroll{{overflow-x:auto;max-width:100%;margin:8px 0}}
 table{{border-collapse:collapse;font-size:.9rem}}
-caption{{text-align:left;color:var(--soft);padding-bottom:4px}}
 th,td{{padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);text-align:left;vertical-align:top}}
 th{{color:var(--soft);font-weight:600;border-bottom-color:var(--line);vertical-align:bottom}}
 th:first-child,td:first-child{{position:sticky;left:0;background:var(--bg)}}
