@@ -65,14 +65,20 @@ def measured(page: Path, width: int, *, dark: bool = False) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    top = tmp_path_factory.mktemp("browser")
+    rich = runs.rich(top / "run")
+    write_report(rich, top / "rich.html", compare=[runs.averaged(top / "average", rich)])
+    write_report(runs.broken(top / "broken"), top / "broken.html")
+    return {name: top / f"{name}.html" for name in ("rich", "broken")}
+
+
 @pytest.mark.parametrize(
     ("name", "width", "dark"), [("rich", 1280, False), ("rich", 500, True), ("broken", 1280, True)]
 )
-def test_no_text_overlaps_or_is_cut_off(name: str, width: int, dark: bool, tmp_path: Path) -> None:
-    root = getattr(runs, name)(tmp_path / name)
-    more = {"compare": [runs.averaged(tmp_path / "average", root)]} if name == "rich" else {}
-    write_report(root, tmp_path / "page.html", **more)  # type: ignore[arg-type]
-    found = measured(tmp_path / "page.html", width, dark=dark)
+def test_no_text_overlaps_or_is_cut_off(name: str, width: int, dark: bool, pages: dict[str, Path]) -> None:
+    found = measured(pages[name], width, dark=dark)
     assert found["clash"] == []
     assert found["out"] == []
     assert not found["wide"]
@@ -81,15 +87,12 @@ def test_no_text_overlaps_or_is_cut_off(name: str, width: int, dark: bool, tmp_p
     assert found["ground"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
 
 
-def test_the_page_renders_and_nothing_in_it_is_refused(tmp_path: Path) -> None:
-    write_report(runs.broken(tmp_path / "run"), tmp_path / "page.html")
-    _, log = browse(tmp_path / "page.html", 1000, f"--screenshot={tmp_path / 'page.png'}")
+def test_the_page_renders_and_nothing_in_it_is_refused(pages: dict[str, Path], tmp_path: Path) -> None:
+    _, log = browse(pages["broken"], 1000, f"--screenshot={tmp_path / 'page.png'}")
     assert [line for line in log.splitlines() if "CONSOLE" in line or "Refused" in line] == []
     assert (tmp_path / "page.png").stat().st_size > 40_000  # an empty page takes a few kilobytes
-    (tmp_path / "evil.html").write_text(
-        (tmp_path / "page.html")
-        .read_text()
-        .replace("</body>", '<script>1</script><img src="http://127.0.0.1:9/x"/></body>')
-    )
+    evil = '<script>1</script><img src="http://127.0.0.1:9/x"/></body>'
+    whole = pages["broken"].read_text(encoding="utf-8").replace("</body>", evil)
+    (tmp_path / "evil.html").write_text(whole, encoding="utf-8")
     _, log = browse(tmp_path / "evil.html", 1000, "--dump-dom")
     assert log.count("Content Security Policy") >= 2  # what should ever slip through is stopped

@@ -45,7 +45,7 @@ def test_a_run_of_the_manager(tmp_path: Path) -> None:
     report = write_report(root, tmp_path / "page.html")
     assert report.ok
     assert [trouble.kind for trouble in report.troubles] == ["note"]
-    words = Tags((tmp_path / "page.html").read_text()).words
+    words = Tags((tmp_path / "page.html").read_text(encoding="utf-8")).words
     for said in (
         "Time to commit (s)",
         "Training held up (s)",

@@ -29,18 +29,24 @@ def drawn(root: Path, width: int = 100, height: int | None = None, only: list[st
     return out.getvalue()
 
 
-def test_a_frame_says_what_runs_and_what_was_saved(tmp_path: Path) -> None:
-    shown = drawn(runs.rich(tmp_path / "run"))
-    for said in ("running: start 2 on node-2, heartbeat", "step 600, epoch 6,", "6 whole", "lowest val_loss", "at step 600",
-                 "metrics up to  step 600", "free", "train_loss", "█"):  # fmt: skip
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.rich(tmp_path_factory.mktemp("watch") / "run", epochs=4)
+
+
+def test_a_frame_says_what_runs_and_what_was_saved(rich: Path) -> None:
+    shown = drawn(rich)
+    for said in ("running: start 2 on node-2, heartbeat", "step 400, epoch 4,", "4 whole", "lowest val_loss", "at step 400",
+                 "metrics up to  step 400", "free", "train_loss", "█"):  # fmt: skip
         assert said in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 
 def test_a_save_under_way_is_seen(tmp_path: Path) -> None:
-    root = runs.rich(tmp_path / "run")
-    runs.builders.prepare(open_store(root), 700, 2, tensors=runs.weights(700), nonce="abad1dea")
-    assert "under way      step 700: 15.0 KiB in 2 files" in drawn(root)
+    root = runs.tiny(tmp_path / "run")
+    runs.heartbeat(open_store(root), 1)
+    runs.builders.prepare(open_store(root), 700, 1, tensors=runs.weights(700), nonce="abad1dea")
+    assert "under way  step 700: 15.0 KiB in 2 files" in drawn(root)
 
 
 def test_a_run_without_metrics_and_one_without_saves(tmp_path: Path) -> None:
@@ -52,13 +58,12 @@ def test_a_run_without_metrics_and_one_without_saves(tmp_path: Path) -> None:
     assert "not running: job start 1 was the last" in drawn(tmp_path / "none")
 
 
-def test_a_low_window_and_chosen_metrics(tmp_path: Path) -> None:
-    root = runs.rich(tmp_path / "run")
-    low = drawn(root, height=15)
+def test_a_low_window_and_chosen_metrics(rich: Path) -> None:
+    low = drawn(rich, height=15)
     assert "3 more metrics" in low
     assert len(low.splitlines()) <= 15
-    assert "lr" not in drawn(root, only=["accuracy"]).split("metric ")[1]
-    assert "no metric of that name; there are: val_loss" in drawn(root, only=["nothing"])
+    assert "lr" not in drawn(rich, only=["accuracy"]).split("metric ")[1]
+    assert "no metric of that name; there are: val_loss" in drawn(rich, only=["nothing"])
 
 
 def test_names_on_storage_cannot_steer_the_terminal(tmp_path: Path) -> None:
@@ -69,8 +74,8 @@ def test_names_on_storage_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "a\\x1b[31m[bold]b\\n" in shown
 
 
-def test_one_frame_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rich, broken = runs.rich(tmp_path / "rich"), runs.broken(tmp_path / "broken")
+def test_one_frame_by_command(rich: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = runs.broken(tmp_path / "broken")
     code, out, _ = command(capsys, "watch", rich, "--once")
     assert code == 0
     assert "running: start 2" in out
@@ -83,10 +88,9 @@ def test_one_frame_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert command(capsys, "watch", tmp_path / "nothing", "--once")[0] == 1
 
 
-def test_signs_that_the_terminal_lacks_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = runs.rich(tmp_path / "run")
+def test_signs_that_the_terminal_lacks_are_not_used(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert drawn(root).isascii()
+    assert drawn(rich).isascii()
 
 
 def test_the_live_view_follows_the_run_and_ends_with_an_interrupt(
