@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from distckpt.errors import CorruptCheckpoint, StoreError, UnsupportedVersion
 from distckpt.format import names
 from distckpt.format.lineage import Committed, list_committed, read_manifest
+from distckpt.format.manifest import Manifest
 from distckpt.storage.base import Store
 
 
@@ -28,9 +29,22 @@ class Uncommitted:
     in_doubt: bool
 
 
-def uncommitted(store: Store) -> list[Uncommitted]:
-    """Return the attempts that no manifest needs, of whatever step, by step and name. Raises ``StoreError``."""
-    used, unreadable = _used(store, list_committed(store))
+def attempts_of(commit: Committed, manifest: Manifest) -> frozenset[str]:
+    """Return the attempts (``step folder/name``) whose files a manifest needs, also those of earlier steps. Pure."""
+    own = {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
+    return frozenset({f"{commit.folder}/{attempt}" for attempt in own} | {r.attempt for r in manifest.references})
+
+
+def _read_attempts(store: Store, commit: Committed) -> frozenset[str]:
+    return attempts_of(commit, read_manifest(store, commit))
+
+
+def uncommitted(store: Store, needed: Callable[[Store, Committed], Iterable[str]] = _read_attempts) -> list[Uncommitted]:
+    """Return the attempts that no manifest needs, of whatever step, by step and name. Raises ``StoreError``.
+
+    ``needed``: the same as ``attempts_of`` from a caller who has read the manifests before.
+    """
+    used, unreadable = _used(store, list_committed(store), needed)
     found = []
     for folder in store.list_folders(""):
         step = names.parse_step_folder(folder)
@@ -51,17 +65,15 @@ def uncommitted(store: Store) -> list[Uncommitted]:
     return found
 
 
-def _used(store: Store, committed: Iterable[Committed]) -> tuple[set[str], set[str]]:
+def _used(
+    store: Store, committed: Iterable[Committed], needed: Callable[[Store, Committed], Iterable[str]]
+) -> tuple[set[str], set[str]]:
     """Return the attempts that the readable manifests need, and the step folders with one that can't be read."""
     used: set[str] = set()
     unreadable: set[str] = set()
     for commit in committed:
         try:
-            manifest = read_manifest(store, commit)
+            used.update(needed(store, commit))
         except (CorruptCheckpoint, UnsupportedVersion, StoreError):
             unreadable.add(commit.folder)
-        else:
-            attempts = {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
-            used |= {f"{commit.folder}/{attempt}" for attempt in attempts}
-            used |= {reference.attempt for reference in manifest.references}
     return used, unreadable
