@@ -19,11 +19,13 @@ _HOMES = {
     "average_checkpoints": "distckpt.averaging.average",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
+    "diff_checkpoints": "distckpt.analysis.diff",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.analysis.diff import diff_checkpoints as diff_checkpoints
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
