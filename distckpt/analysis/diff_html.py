@@ -83,12 +83,42 @@ def _flag(flag: Flag) -> Html:
 # ---------------------------------------------------------------- heat map
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Shades for relative updates, by their logarithm."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Scale:
+        """Return the scale from the smallest to the largest value that is positive and finite, a decade at least."""
+        found = [value for value in values if 0 < value < math.inf]
+        low, high = (min(found), max(found)) if found else (1e-3, 1e-2)
+        return cls(min(low, high / 10), high)
+
+    def share(self, value: float) -> int:
+        """Return how strong the colour is, in percent: 0 for nothing, else from 12 to 100."""
+        if not value > 0:
+            return 0
+        if value >= self.high:
+            return 100
+        at = (math.log(max(value, self.low)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return round(12 + 88 * at)
+
+
 @dataclass(slots=True)
 class HeatMap:
     """Tensors of one part of the state by layer and kind; a name on one side only has that side's letter."""
 
     part: str
     cells: dict[tuple[str, str], TensorDiff | str] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> Scale:
+        """The shades of this part alone: averages move less than weights, moments more."""
+        found = (cell.relative_update for cell in self.cells.values() if isinstance(cell, TensorDiff))
+        return Scale.of(value for value in found if value is not None)
 
     @property
     def layers(self) -> list[str]:
@@ -139,41 +169,14 @@ def _layers(diff: Diff) -> Html:
     maps = heat_maps(diff)
     if not maps:
         return paragraph("No tensor was compared.")
-    figures = [t.relative_update for m in maps for t in m.cells.values() if isinstance(t, TensorDiff)]
-    scale = Scale.of(value for value in figures if value is not None)
-    first, *others = [_heat_table(found, scale) for found in maps]
+    first, *others = [join([_legend(found.scale), _heat_table(found)]) for found in maps]
     rest = [details(f"{m.part}: {len(m.cells)} tensors", drawn) for m, drawn in zip(maps[1:], others, strict=True)]
     about = "Relative update of each tensor, ‖B − A‖ / ‖A‖: a row for each layer, a column for each kind of parameter."
-    total = _histogram(diff)
-    return join([paragraph(about), _legend(scale), element("h3", maps[0].part), first, *rest, total])
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Shades for relative updates, by their logarithm."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Scale:
-        """Return the scale from the smallest to the largest value that is positive and finite, a decade at least."""
-        found = [value for value in values if 0 < value < math.inf]
-        low, high = (min(found), max(found)) if found else (1e-3, 1e-2)
-        return cls(min(low, high / 10), high)
-
-    def share(self, value: float) -> int:
-        """Return how strong the colour is, in percent: 0 for nothing, else from 12 to 100."""
-        if not value > 0:
-            return 0
-        if value >= self.high:
-            return 100
-        at = (math.log(max(value, self.low)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        return round(12 + 88 * at)
+    return join([paragraph(about), element("h3", maps[0].part), first, *rest, _histogram(diff)])
 
 
 def _shade(share: int) -> str:
-    colour = "var(--on-heat)" if share > 55 else "var(--text)"
+    colour = "var(--on-heat)" if share > 68 else "var(--text)"
     return f"background:color-mix(in srgb,var(--heat) {share}%,var(--bg));color:{colour}"
 
 
@@ -182,8 +185,8 @@ _UPRIGHT: Final = "writing-mode:vertical-rl;transform:rotate(180deg);white-space
 _STICKY: Final = "position:sticky;left:0;background:var(--bg);white-space:nowrap;font-weight:400"
 
 
-def _heat_table(found: HeatMap, scale: Scale) -> Html:
-    kinds = found.kinds
+def _heat_table(found: HeatMap) -> Html:
+    kinds, scale = found.kinds, found.scale
     head = [element("td"), *(element("th", element("span", kind, style=_UPRIGHT), scope="col") for kind in kinds)]
     rows = []
     for layer in found.layers:
