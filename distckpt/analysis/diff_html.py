@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -66,8 +66,7 @@ def _lead(diff: Diff) -> Html:
         ("equal by digests alone", diff.skipped),
         ("only in A, only in B", f"{len(diff.only_a)}, {len(diff.only_b)}"),
         ("other values differ", len(diff.values)),
-        ("read", size_text(diff.read_bytes)),
-        ("not read: equal digests", size_text(diff.skipped_bytes)),
+        ("read, not read", f"{size_text(diff.read_bytes)}, {size_text(diff.skipped_bytes)}"),
     ]
     return join([paragraph(diff.summary), table(heads, rows), tiles(facts)])
 
@@ -77,7 +76,7 @@ def _flag(flag: Flag) -> Html:
     if not flag.names:
         return line
     names = element("p", join(_commas(element("code", name) for name in flag.names[:ROWS])))
-    return join([line, details(f"{len(flag.names)} tensors", names, open_=len(flag.names) <= 6)])
+    return join([line, details(_count(flag.names), names, open_=len(flag.names) <= 6)])
 
 
 # ---------------------------------------------------------------- heat map
@@ -170,7 +169,7 @@ def _layers(diff: Diff) -> Html:
     if not maps:
         return paragraph("No tensor was compared.")
     first, *others = [join([_legend(found.scale), _heat_table(found)]) for found in maps]
-    rest = [details(f"{m.part}: {len(m.cells)} tensors", drawn) for m, drawn in zip(maps[1:], others, strict=True)]
+    rest = [details(f"{m.part}: {_count(m.cells)}", drawn) for m, drawn in zip(maps[1:], others, strict=True)]
     about = "Relative update of each tensor, ‖B − A‖ / ‖A‖: a row for each layer, a column for each kind of parameter."
     return join([paragraph(about), element("h3", maps[0].part), first, *rest, _histogram(diff)])
 
@@ -307,7 +306,7 @@ def _structure(diff: Diff) -> Html:
     for letter, names in (("A", diff.only_a), ("B", diff.only_b)):
         if names:
             listed = element("p", join(_commas(element("code", name) for name in names[:ROWS])))
-            parts.append(details(f"{len(names)} tensors only in {letter}", listed, open_=len(names) <= 20))
+            parts.append(details(f"{_count(names)} only in {letter}", listed, open_=len(names) <= 20))
     if diff.ties:
         parts.append(paragraph("Tied with another on one side only: ", ", ".join(diff.ties[:ROWS])))
     kinds = [t for t in diff.differing if t.how in ("shape", "dtype") or t.dtypes[0] != t.dtypes[1]]
@@ -344,6 +343,10 @@ def _more(rows: Sequence[object]) -> Html | None:
 def _commas(parts: Iterable[Html]) -> Iterator[object]:
     for index, part in enumerate(parts):
         yield from ((", ", part) if index else (part,))
+
+
+def _count(tensors: Sized) -> str:
+    return f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
 
 
 def _or_dash(value: object) -> object:

@@ -199,7 +199,9 @@ table{{border-collapse:collapse;font-size:.9rem}}
 caption{{text-align:left;color:var(--soft);padding-bottom:4px}}
 th,td{{padding:4px 12px 4px 0;border-bottom:1px solid var(--grid);text-align:left;vertical-align:top}}
 th{{color:var(--soft);font-weight:600;border-bottom-color:var(--line);vertical-align:bottom}}
+th:first-child,td:first-child{{position:sticky;left:0;background:var(--bg)}}
 td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+td .name{{display:inline-block;min-width:14ch}}
 td small{{color:var(--soft)}}
 .badge{{display:inline-block;border:1px solid var(--line);border-radius:9px;padding:0 7px;margin-right:4px}}
 .badge{{font-size:.8rem;white-space:nowrap}}
@@ -210,13 +212,15 @@ td small{{color:var(--soft)}}
 details{{margin:8px 0}}
 summary{{cursor:pointer;color:var(--c1)}}
 .grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:18px}}
-figure{{margin:0;min-width:0}}
+figure{{margin:0;min-width:0;display:flex;flex-direction:column;justify-content:space-between}}
 figcaption{{font-weight:600;font-size:.93rem;overflow-wrap:anywhere}}
 figcaption small{{display:block;font-weight:400}}
 svg{{display:block;width:100%;height:auto;overflow:visible}}
+svg.wide{{min-width:680px}}
+.confusion td{{padding:6px 12px;border:1px solid var(--bg);line-height:1.25}}
 svg text{{fill:var(--soft);font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
 .legend{{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;padding:0;margin:8px 0;font-size:.87rem;color:var(--soft)}}
 .legend li{{display:flex;align-items:center;gap:6px}}
-.legend svg{{width:24px;height:14px;flex:none}}
+.legend svg{{width:24px;height:18px;flex:none}}
 footer{{margin-top:40px}}
 """

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diff_support import flags_of, saved
+from diff_support import flags_of, saved, written
 from torch import nn
 
 from distckpt import CheckpointConfig, CheckpointManager, EMAModel, diff_checkpoints
@@ -90,6 +90,14 @@ def test_frozen_by_name(run: Path) -> None:
     assert "unchanged" not in flags_of(found)
     with pytest.raises(ConfigError, match=r"'layer\.1\.\*' is the name of no tensor"):
         diff_checkpoints(run, run, step_a=1, step_b=2, frozen=["layer.1.*"])
+
+
+def test_without_steps_and_optimizers_weights_are_judged_by_each_other(tmp_path: Path) -> None:
+    x = {f"model.{i}.w": np.full(4, i, np.float32) for i in range(4)}
+    y = {name: value + (name != "model.2.w") for name, value in x.items()}
+    a, b = (written(tmp_path / name, "huggingface", t) for name, t in (("a", x), ("b", y)))
+    assert flags_of(diff_checkpoints(a, b)) == {"unchanged": ("model.2.w",)}
+    assert flags_of(diff_checkpoints(a, a)) == {}
 
 
 def state(value: float, moment: float, step: float) -> dict[str, Any]:
