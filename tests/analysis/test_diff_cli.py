@@ -15,8 +15,9 @@ from cli_support import run, run_json
 from diff_support import saved, weights, written
 
 from distckpt import diff_checkpoints
+from distckpt.analysis import diff_html
 from distckpt.analysis.diff import Diff
-from distckpt.analysis.diff_html import ROWS, Scale, diff_page, heat_maps, place_of
+from distckpt.analysis.diff_html import Scale, diff_page, heat_maps, place_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "model.<script>alert(1)</script>.w\x1b[31m"
@@ -186,12 +187,13 @@ def test_a_browser_shows_it_and_asks_for_nothing(
     assert "<h2>Suspicious</h2>" in done.stdout
 
 
-def test_an_equal_pair_and_a_long_one_have_pages(tmp_path: Path) -> None:
-    x = {f"model.layers.{i}.w": np.zeros(2, np.float32) for i in range(ROWS + 5)}
+def test_an_equal_pair_and_a_long_one_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diff_html, "ROWS", 20)
+    x = {f"model.layers.{i}.w": np.zeros(2, np.float32) for i in range(25)}
     y = {name: value + 1 for name, value in x.items()}
     a, b = saved(tmp_path / "a", x, world=1), saved(tmp_path / "b", y, world=1)
     same = diff_page(diff_checkpoints(a, a)).decode()
-    assert "equal: 305 tensors, 305 of them by their digests alone" in same
+    assert "equal: 25 tensors, 25 of them by their digests alone" in same
     assert {cell[0] for row in Page(same).heat[0][1:] for cell in row[1:]} == {"0"}
     long = diff_page(diff_checkpoints(a, b)).decode()
     assert "… and 5 more" in html.unescape(long)

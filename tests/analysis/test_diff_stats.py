@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -19,6 +19,7 @@ VALUES = st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, float("
 PAIRS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=VALUES)
 
 
+@settings(max_examples=40, deadline=None)
 @given(data=PAIRS, cut=st.integers(1, 7), stride=st.integers(2, 9))
 def test_figures_are_those_of_numpy(data: np.ndarray, cut: int, stride: int) -> None:
     a = data.reshape(-1).astype(np.float32)
