@@ -20,11 +20,13 @@ _HOMES = {
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
     "write_report": "distckpt.analysis.report",
+    "diff_checkpoints": "distckpt.analysis.diff",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.analysis.diff import diff_checkpoints as diff_checkpoints
     from distckpt.analysis.report import write_report as write_report
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.ema import EMAModel as EMAModel

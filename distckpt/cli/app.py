@@ -12,20 +12,7 @@ from distckpt import __version__
 
 COMMANDS = {
     name: f"distckpt.cli.{name}"
-    for name in (
-        "ls",
-        "show",
-        "verify",
-        "gc",
-        "doctor",
-        "pin",
-        "convert",
-        "average",
-        "evaluate",
-        "select",
-        "report",
-        "watch",
-    )
+    for name in ["ls", "show", "verify", "diff", "average", "evaluate", "select", "convert", "gc", "report", "watch", "doctor", "pin"]
 }
 COMMANDS["unpin"] = "distckpt.cli.pin"
 

@@ -19,7 +19,7 @@ from distckpt.format.checkpoint import Checkpoint, open_checkpoint
 from distckpt.format.doctor import reference_text
 from distckpt.format.dtypes import itemsize
 from distckpt.format.lineage import Generation, lineage, list_committed, read_generations
-from distckpt.format.manifest import Manifest, TensorEntry
+from distckpt.format.manifest import Manifest, TensorEntry, layout_text
 
 _LONGEST = 100
 
@@ -52,14 +52,6 @@ def show(
 def nbytes_of(entry: TensorEntry) -> int:
     """Return the bytes of a whole tensor."""
     return Box.whole(tuple(entry.shape)).numel * itemsize(entry.dtype)
-
-
-def layout_text(manifest: Manifest, entry: TensorEntry) -> str:
-    """Return a tensor's layout: its placements and the mesh, ``S(0) R on 2x4 ranks``; ``whole`` on one rank."""
-    mesh = manifest.meshes[entry.mesh].shape
-    if manifest.world_size == 1 and entry.boxes is None:
-        return "whole"
-    return f"{' '.join(entry.placements)} on {'x'.join(map(str, mesh)) or '1'} ranks"
 
 
 def groups(manifest: Manifest) -> list[tuple[str, int, int, list[str]]]:

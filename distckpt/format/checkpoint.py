@@ -24,6 +24,7 @@ from distckpt.format.flat_reader import fill_flat, rows_around
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
 from distckpt.format.read_ahead import ReadAhead
+from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
 from distckpt.storage.base import Store
@@ -202,6 +203,14 @@ class Checkpoint:
             sources_tile(name, sources if rows == box else self._sources(name, box), box, self.path)
             self._tiled.add((name, box))
         fill_flat(self.store, sources, box, start, stop, view)
+
+    def stored_boxes(self, fqn: str) -> list[tuple[int, StoredBox]]:
+        """Return (bytes that a digest covers, stored box) of every box that a tensor lies in, digests and all.
+
+        Opens only the headers of shards that can hold it. Raises as ``read_into``.
+        """
+        sources = self._sources(self._resolve(fqn), Box.whole(self.manifest.tensors[self._resolve(fqn)].shape))
+        return [(source.block, source.stored) for source in sources]
 
     def shards(self) -> list[dict[str, list[Box]]]:
         """Return the boxes that each shard holds, by FQN; reads all headers. Raises ``ShardError``."""

@@ -158,6 +158,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 msgspec.json.Decoder(Manifest)
 
 
+def layout_text(manifest: Manifest, entry: TensorEntry) -> str:
+    """Return a tensor's layout: its placements and the mesh, ``S(0) R on 2x4 ranks``; ``whole`` on one rank."""
+    mesh = manifest.meshes[entry.mesh].shape
+    if manifest.world_size == 1 and entry.boxes is None:
+        return "whole"
+    return f"{' '.join(entry.placements)} on {'x'.join(map(str, mesh)) or '1'} ranks"
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the file's bytes, having checked them as a reader would: what can't be read is never written.
 

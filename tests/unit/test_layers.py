@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "distckpt"
 LAYERS = (
     "errors", "clock", "failpoints", "config", "boxes", "storage", "format", "dcp", "engines", "manager",
-    "selection", "analysis", "export", "importers", "averaging", "integrations", "cli",
+    "selection", "export", "importers", "averaging", "analysis", "integrations", "cli",
 )  # fmt: skip
 MAX_LINES = 400
 HEAVY = {"torch", "numpy", "safetensors", "typer", "rich", "hypothesis", "obstore"}
