@@ -1,0 +1,1 @@
+"""Measured and compared: what storage gives, side by side."""
