@@ -7,6 +7,7 @@ memory and CPU time, and take more than their share of a file system that others
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ from distckpt.analysis.store_report import READ, WRITE, Advice, CurvePoint, Figu
 from distckpt.config import CheckpointConfig, ObjectStoreConfig
 from distckpt.dcp.read_plan import FAR_SPAN, SPAN
 from distckpt.dcp.reader import READ_THREADS
+from distckpt.dcp.share import Rates, sharing_pays
 from distckpt.storage.direct import REQUEST
 
 NEARLY: Final = 0.95
@@ -39,6 +41,7 @@ class Measured:
     curve: Sequence[CurvePoint]
     figures: Sequence[Figure] = ()
     latencies: Sequence[Latency] = ()
+    sharing: Sequence[tuple[float, float]] = ()
     state_nbytes: int | None = None
 
 
@@ -147,18 +150,26 @@ def _far(found: Measured, config: CheckpointConfig, objects: ObjectStoreConfig) 
 
 
 def _sharing(found: Measured, config: CheckpointConfig) -> list[Advice]:
-    """Whether ranks that want the same bytes should read them once: what was measured, if it was clear."""
+    """Whether ranks that want the same bytes should read them once; ``auto`` unless two measurements agree.
+
+    These are the time of small loads both ways, in which beginning weighs, and the speeds of storage and link that
+    ``auto`` itself goes by.
+    """
     times = {f.part: f for f in found.figures if f.part.startswith("replicated") and f.setting == "default"}
     if len(times) < 2:
         return []
     alone, shared = times["replicated, each rank"], times["replicated, shared"]
     said = f"{_rate(shared.rate)} shared, {_rate(alone.rate)} where each of {found.world_size} ranks reads"
-    value = "auto"
-    if alone.rate < CLEARLY * shared.rate:
-        value = "always"
-    elif shared.rate < CLEARLY * alone.rate:
-        value = "never"
-    return [Advice("share_loads", value, config.share_loads, said, alone.only_void or shared.only_void)]
+    value, uncertain = "auto", alone.only_void or shared.only_void
+    if found.sharing:
+        rates = Rates(*(statistics.median(values) for values in zip(*found.sharing, strict=True)))
+        pays = sharing_pays(found.world_size, rates)
+        if pays and alone.rate < CLEARLY * shared.rate:
+            value = "always"
+        elif not pays and shared.rate < CLEARLY * alone.rate:
+            value = "never"
+        said += f"; storage gives {_rate(rates.store)}, the link {_rate(rates.link)}"
+    return [Advice("share_loads", value, config.share_loads, said, uncertain)]
 
 
 def _times(found: Measured, config: CheckpointConfig) -> list[Advice]:

@@ -337,9 +337,11 @@ class _Bench:
         loads = [("load", SHARDED, False), ("partial load", AN_EIGHTH, False)]
         if self.ranks.world_size > 1:
             loads += [("replicated, each rank", REPLICATED, False), ("replicated, shared", REPLICATED, True)]
-        for part, prefix, share in loads:
-            loaded = work.load(store, saved, threads, prefix, share=share)
+        for part, prefix, shared in loads:
+            loaded = work.load(store, saved, threads, prefix, shared=shared)
             found.append((part, loaded.nbytes, loaded.seconds, loaded.cold))
+            if loaded.rates is not None:
+                target.report.sharing.append((loaded.rates.store, loaded.rates.link))
         self._count(sum(nbytes for _, nbytes, _, _ in found))
         self.ranks.led("forget", functools.partial(_forget, target.store, saved))
         return found
@@ -358,7 +360,7 @@ class _Bench:
         report = target.report
         return Measured(
             report.far, isinstance(target.store, ObjectStore), self.ranks.world_size, report.curve, report.figures,
-            report.latencies, self.options.state_nbytes,
+            report.latencies, report.sharing, self.options.state_nbytes,
         )  # fmt: skip
 
     def _objects(self, target: _Target) -> ObjectStoreConfig | None:

@@ -86,8 +86,8 @@ class Advice:
 
     @property
     def changes(self) -> bool:
-        """Whether it differs from what is set without it."""
-        return bool(self.value != self.default)
+        """Whether it is certain enough to be set, and differs from what is set without it."""
+        return not self.uncertain and bool(self.value != self.default)
 
 
 @dataclass(slots=True)
@@ -102,6 +102,8 @@ class TargetReport:
     turns: list[Turn] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     latencies: list[Latency] = field(default_factory=list)
+    sharing: list[tuple[float, float]] = field(default_factory=list)
+    """Bytes a second of storage and of the link between ranks, as loads that were shared measured them."""
     advice: list[Advice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""

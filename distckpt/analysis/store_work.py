@@ -13,12 +13,13 @@ from typing import Final
 import torch
 
 from distckpt.analysis.together import Together
+from distckpt.dcp import share
 from distckpt.dcp.agreed import AgreedPlan, agree_plan
 from distckpt.dcp.leaves import State, TensorLeaf, byte_view
+from distckpt.dcp.read_plan import SPAN
 from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.dcp.replicas import host_bytes
 from distckpt.dcp.saving import SaveRequest, save_error, table_of, write_and_commit
-from distckpt.dcp.share import Rates
 from distckpt.errors import AgreementError, CorruptCheckpoint
 from distckpt.format import digest as digests
 from distckpt.format.layout import Layout, Mesh, held_boxes
@@ -52,7 +53,7 @@ class Loaded:
     nbytes: int
     seconds: float
     cold: bool | None
-    rates: Rates | None = None
+    rates: share.Rates | None = None
 
 
 @dataclass(slots=True)
@@ -69,7 +70,9 @@ class Workload:
     def __post_init__(self) -> None:
         rank, world = self.ranks.rank, self.ranks.world_size
         whole = 4 * COLUMNS
-        replicated = self.nbytes // 4 if world > 1 else 0
+        # Enough for the turns in which a shared load measures storage and link, as far as there are bytes.
+        turn = max(SPAN, min(share.TURN, share.MEMORY // world))
+        replicated = min(self.nbytes // 2, max(self.nbytes // 4, (share.PROBE + 2) * turn * world)) if world > 1 else 0
         rows = max(1, (self.nbytes - replicated) // BLOCKS // whole // world) * world
         layout = Layout(Mesh.flat(range(world)), ("S(0)",))
         own = torch.Generator().manual_seed(rank)
@@ -107,8 +110,8 @@ class Workload:
             agreement, store, agreed, request, views.__getitem__, threads=threads, timeout_s=self.timeout_s
         )
 
-    def load(self, store: Store, saved: Saved, threads: int, prefix: str = SHARDED, *, share: bool = False) -> Loaded:
-        """Evict the files, load what begins with ``prefix``, and compare it; ``share``: each byte read once for all ranks.
+    def load(self, store: Store, saved: Saved, threads: int, prefix: str = SHARDED, *, shared: bool = False) -> Loaded:
+        """Evict the files, load what begins with ``prefix``, and compare it; ``shared``: each byte read once for all ranks.
 
         Raises as a load does, ``CorruptCheckpoint`` where other values were loaded than were saved.
         """
@@ -118,12 +121,12 @@ class Workload:
                 tensor.zero_()
         evicted = self.ranks.gather("evict", lambda: cold(store, saved.shards))
         group = None
-        if share:
+        if shared:
             everyone = range(self.ranks.world_size)
             group = self.ranks.agreement.bytes_group(self.ranks.key("share"), everyone, self.timeout_s)
-        rates: list[Rates] = []
+        rates: list[share.Rates] = []
 
-        def decide(measured: Rates) -> bool:
+        def decide(measured: share.Rates) -> bool:
             rates.append(measured)
             return True
 

@@ -165,7 +165,9 @@ def _charts(target: TargetReport) -> list[str]:
         lines += _bars({str(n): rate for n, rate in depths.items()}, str(knee(depths)))
         sizes = by_request(target.curve, kind, best.threads)
         if len(sizes) > 1:
-            lines.append(f"  raw {kind}, {best.threads} threads, by request{uncertain}")
+            lines.append(
+                f"  raw {kind}, {best.threads} {'thread' if best.threads == 1 else 'threads'}, by request{uncertain}"
+            )
             lines += _bars({f"{n >> 20} MiB": rate for n, rate in sizes.items()}, f"{knee(sizes) >> 20} MiB")
     return lines
 
@@ -199,7 +201,7 @@ def _advise(target: TargetReport) -> None:
     if fields:
         print(f"  CheckpointConfig({clean(target.url)!r}, {', '.join(fields)})")
     elif not changed and target.advice:
-        print("  nothing to set: the defaults suit it")
+        print("  nothing to set: the defaults suit it, or nothing else is certain")
     rows = [
         [
             a.setting,
