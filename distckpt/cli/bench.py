@@ -58,7 +58,7 @@ def bench(
         with launched_ranks() as leads, byte_progress("measuring", enabled=leads and not json) as progress:
             report = bench_stores(urls, chosen, progress=progress)
     except Stopped as stopped:
-        print(f"distckpt: {stopped}: stopped, and everything that was written is removed", file=sys.stderr)
+        print(f"distckpt: {stopped}: stopped; what was written is removed, unless a line above says otherwise", file=sys.stderr)
         raise typer.Exit(128 + stopped.signum) from None
     if leads:
         if html is not None:
