@@ -16,11 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks import tasks
-from benchmarks.limits import drop_caches, warm_caches
+from benchmarks.limits import drop_caches
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
 from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle
 from benchmarks.shapes import CHANGING, COLUMNS, FLAT, ROWS, Workload, make_workload
+from distckpt.storage.probes import warm_caches
 
 SLOTS = {
     "ema": "benchmarks.ema",

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-REQUEST = 8 << 20
-_WARMING = bytearray(8 << 20)
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Requests of ``request`` bytes, ``threads`` of them in flight."""
-
-    threads: int = 8
-    request: int = REQUEST
-
+from distckpt.storage import probes
+from distckpt.storage.direct import REQUEST
+from distckpt.storage.probes import Point
 
 QUICK_POINTS = tuple(Point(threads, request << 20) for threads in (4, 12) for request in (4, 8))
 ALL_POINTS = tuple(Point(threads, request << 20) for threads in (1, 2, 4, 8, 12, 16) for request in (1, 4, 8, 16))
@@ -114,50 +102,10 @@ def copy_rate(source: np.ndarray, scratch: np.ndarray, *, threads: int = 1) -> f
         return source.size / (time.perf_counter() - started)
 
 
-def best_point(measure: Callable[[Point], float], points: Sequence[Point]) -> Point:
-    """Return the point at which a measure is highest: depth and request size decide what a disk gives."""
-    return max(points, key=measure)
-
-
-def warm_caches(paths: list[Path]) -> int:
-    """Read these files into the page cache; return how many of their pages are not resident (0: warm)."""
-    absent = 0
-    for path in paths:
-        size = path.stat().st_size
-        if size == 0:
-            continue
-        fd = os.open(path, os.O_RDONLY)
-        at = 0
-        while at < size:
-            at += os.preadv(fd, [_WARMING], at) or size
-        absent += -(-size // mmap.PAGESIZE) - _resident_pages(fd, size)
-        os.close(fd)
-    return absent
-
-
 def drop_caches(paths: list[Path]) -> int:
-    """Evict these files from the page cache; return how many of their pages are still resident (0: cold)."""
+    """Evict these files from the page cache, durable or not; return how many of their pages are still resident."""
     os.sync()
-    resident = 0
-    for path in paths:
-        if path.stat().st_size == 0:
-            continue
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        resident += _resident_pages(fd, path.stat().st_size)
-        os.close(fd)
-    return resident
-
-
-def _resident_pages(fd: int, size: int) -> int:
-    """Count pages in the page cache by mincore(2)."""
-    pages = -(-size // mmap.PAGESIZE)
-    with mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
-        vector = (ctypes.c_ubyte * pages)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector) != 0:
-            raise OSError(ctypes.get_errno(), "mincore")
-        return sum(v & 1 for v in bytes(vector))
+    return probes.evict(paths)
 
 
 def _open_direct(path: Path, flags: int) -> int:

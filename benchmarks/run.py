@@ -21,9 +21,8 @@ from typing import Any
 from benchmarks import limits, meters
 from benchmarks.pool import ROOT, Pool, RanksFailed
 from benchmarks.shapes import Workload
-
-VOID = 0.10
-"""Most by which the probes before and after a turn may differ, of the smaller one."""
+from distckpt.storage.probes import VOID as VOID
+from distckpt.storage.probes import Point, best_point, differ
 
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
@@ -33,11 +32,6 @@ Probe = Callable[[], dict[str, float]]
 def palindrome(peers: Sequence[str]) -> list[str]:
     """Return each peer twice, there and back: what drifts slowly hits all of them alike."""
     return [*peers, *reversed(peers)]
-
-
-def differ(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether the machine was not the same before and after."""
-    return any(abs(before[k] - after[k]) > VOID * min(before[k], after[k]) for k in before)
 
 
 @dataclass
@@ -116,7 +110,7 @@ class Bench:
         self._steps = 0
         (self.folder / "logs").mkdir(exist_ok=True)
         self.turns = Turns(self.settings.again)
-        self.write_point = self.read_point = limits.Point()
+        self.write_point = self.read_point = Point()
 
     # ------------------------------------------------------------------ processes
 
@@ -224,14 +218,12 @@ class Bench:
         """Find the depth and the request size at which this disk is fastest; they are the limit from now on."""
         points = limits.ALL_POINTS if self.settings.full else limits.QUICK_POINTS
         nbytes = min(self.settings.nbytes, 256 << 20)
-        self.write_point = limits.best_point(
+        self.write_point = best_point(
             lambda p: limits.disk_write(self.folder, nbytes, threads=p.threads, request=p.request), points
         )
         path = self.folder / "calibrate"
         limits.write_file(path, nbytes)
-        self.read_point = limits.best_point(
-            lambda p: limits.disk_read([path], threads=p.threads, request=p.request), points
-        )
+        self.read_point = best_point(lambda p: limits.disk_read([path], threads=p.threads, request=p.request), points)
         path.unlink()
 
     def write_limit(self, nbytes: int) -> Probe:

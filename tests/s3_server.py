@@ -60,6 +60,11 @@ class Control:
         value[offset] ^= 0xFF
         stored.value = bytes(value)
 
+    def fill(self, name: str, keys: list[str]) -> None:
+        """Store empty objects under many keys."""
+        for key in keys:
+            self.backend.put_object(name, key, b"")
+
     def fault(self, action: str, method: str = "", match: str = "", times: int = 1, skip: int = 0) -> None:
         """Do ``action`` to the next ``times`` requests (0: all) whose method and URL match, after ``skip`` of them.
 

@@ -28,6 +28,9 @@ VARIABLES = {
     "DISTCKPT_STORE_DEADLINE_S": "40",
 }
 
+PAGE = 100
+"""Names that the server puts into one answer; services put 1,000."""
+
 
 class CleanParent:
     """A fork of this process that runs ``run_ranks`` for it."""
@@ -99,7 +102,9 @@ class S3:
 def running() -> Iterator[S3]:
     """Run a server, and point obstore at it through the environment."""
     command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
+    )
     assert server.stdout is not None
     before = {name: os.environ.get(name) for name in (*VARIABLES, "AWS_ENDPOINT_URL")}
     port = int(server.stdout.readline())

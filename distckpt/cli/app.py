@@ -10,10 +10,9 @@ import typer
 
 from distckpt import __version__
 
-COMMANDS = {
-    name: f"distckpt.cli.{name}"
-    for name in ["ls", "show", "verify", "diff", "average", "evaluate", "select", "convert", "gc", "report", "watch", "doctor", "pin"]
-}
+_NAMES = "ls show verify diff average evaluate select convert gc report watch bench doctor pin"
+
+COMMANDS = {name: f"distckpt.cli.{name}" for name in _NAMES.split()}
 COMMANDS["unpin"] = "distckpt.cli.pin"
 
 

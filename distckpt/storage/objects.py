@@ -6,6 +6,7 @@ by one conditional put. There are no folders: one that was made on purpose is an
 
 from __future__ import annotations
 
+import copy
 import errno
 import secrets
 import threading
@@ -161,6 +162,21 @@ class ObjectStore:
         """See ``Store.sync_folder``: nothing to do, an object that was acknowledged is durable."""
         split_folder(name)
         self._count("folder_syncs", 1)
+
+    # -- trying out
+
+    def tuned(self, settings: ObjectStoreConfig) -> ObjectStore:
+        """Return the same store with other parts, over the connections of this one."""
+        made = copy.copy(self)
+        made.bucket = self.bucket.tuned(settings)
+        return made
+
+    def clear(self) -> None:
+        """Remove every object below the prefix, temporary ones too; ``StoreError`` (EPERM) where that is a whole bucket."""
+        if not self._top:
+            raise StoreError(errno.EPERM, "clear: this would empty the whole bucket", self.url)
+        for entry in self._walk(""):
+            self.bucket.delete(self._top + entry.name)
 
     # -- inside
 

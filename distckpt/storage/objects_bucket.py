@@ -56,6 +56,12 @@ class Bucket:
         """Return the URL of a key, for messages."""
         return f"{self.url}/{key}" if key else self.url
 
+    def tuned(self, settings: ObjectStoreConfig) -> Bucket:
+        """Return the same bucket with other parts, over the same connections (and so with the same deadline)."""
+        made = Bucket(self._scheme, self._name, settings)
+        made._opened = self._clients()
+        return made
+
     def error(self, error: BaseException, operation: str, key: str) -> StoreError:
         """Return the ``StoreError`` for what obstore raised."""
         return object_error(error, operation, self.where(key), self._scheme)

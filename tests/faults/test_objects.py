@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ranks import run_ranks
+from s3_support import PAGE
 
 from distckpt import clock
 from distckpt.config import ObjectStoreConfig
@@ -271,6 +272,16 @@ def test_a_bucket_that_is_not_there_is_named(s3: S3) -> None:
         find_checkpoint("s3://typo-in-bucket/run")
     with pytest.raises(StoreError, match="no such bucket"):
         ObjectStore("s3", "typo-in-bucket", "", SHORT).create("a", b"x")
+
+
+def test_listings_longer_than_a_page_of_the_service_are_whole(s3: S3, bucket: str, store: ObjectStore) -> None:
+    folders = [f"step-{step:010}" for step in range(1, 2 * PAGE + 6)]
+    s3.ask("fill", name=bucket, keys=[f"run/{folder}/manifest-g000001.json" for folder in folders])
+    s3.ask("watch")
+    assert names(store) == [f"{folder}/manifest-g000001.json" for folder in folders]
+    assert list(store.list_folders()) == folders
+    pages = [r for r in s3.ask("seen")["requests"] if "continuation-token" in r]
+    assert len(pages) == 2 * 2  # they were longer
 
 
 # ---------------------------------------------------------------- no server, no answer, no threads

@@ -223,3 +223,68 @@ def test_every_command_takes_a_url(s3: S3, root: str, tmp_path: Path, capsys: py
     assert (code, "environment" in error) == (2, True)
     code, _, error = command(capsys, "ls", "s3://typo-in-bucket/run")
     assert (code, "no such bucket" in error) == (1, True)
+
+
+# ---------------------------------------------------------------- what is removed, and loads that wait for a network
+
+
+def save_four(rank: int, root: str) -> dict[str, str]:
+    training = Training(rank, 2, 0)
+    with manager_of(root, training) as manager:
+        for step in (1, 2, 3, 4):
+            training.train(step)
+            manager.save(step=step)
+    return training.digests()
+
+
+def test_what_gc_removes_from_a_bucket_is_gone_with_its_folders(
+    s3: S3, bucket: str, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = s3.ranks.run_ranks(2, save_four, root)
+    assert command(capsys, "gc", root, "--keep-last", "2")[0] == 0
+    assert [step for _, step in committed(root)] == [4, 3, 2, 1]  # a dry run
+    assert command(capsys, "gc", root, "--keep-last", "2", "--yes")[0] == 0
+    assert [step for _, step in committed(root)] == [4, 3]
+    keys = s3.ask("keys", name=bucket)
+    assert {key.split("/")[2] for key in keys if "/step-" in key} == {"step-0000000003", "step-0000000004"}
+    assert command(capsys, "verify", root, "--mode", "full")[0] == 0
+    for rank, (step, digests) in enumerate(s3.ranks.run_ranks(2, resume_one, root)):
+        assert (step, digests) == (4, held[rank])
+
+
+def one_tensor(root: str, fill: float, **more: Any) -> tuple[CheckpointManager, torch.nn.ParameterDict]:
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.full((10 << 20,), fill))})
+    config = CheckpointConfig(
+        root, preemption_signals=(), control_file=None, verbose=False, timeout_s=40.0, threads=16, **more
+    )
+    return CheckpointManager(config, model=model), model
+
+
+def load_shared(rank: int, root: str) -> int:
+    manager, model = one_tensor(root, 0.0, share_loads="always")
+    with manager:
+        report = manager.load("latest")
+    assert bool((model["w"] == 7.0).all())
+    return report.read_bytes
+
+
+def test_loads_have_as_many_ranges_in_flight_as_they_may_and_ranks_share_them(s3: S3, root: str) -> None:
+    """A disk is busy with six reads; where each answer takes its time, the other threads count too."""
+    manager, model = one_tensor(root, 7.0)
+    with manager:
+        manager.save(step=1)
+        torch.nn.init.zeros_(model["w"])
+        s3.ask("watch", delay=0.15)
+        manager.load("latest")
+        alone = s3.ask("seen")
+    assert bool((model["w"] == 7.0).all())
+    assert len(shard_reads(alone)) <= 40 // 4 + 3  # of 4 MiB, and the header
+    assert alone["most"] > 6
+    s3.ask("watch")
+    read = s3.ranks.run_ranks(2, load_shared, root)
+    assert 40 << 20 <= sum(read) <= (40 << 20) * 1.05
+    assert len(shard_reads(s3.ask("seen"))) <= 40 // 4 + 2 * 3
+
+
+def shard_reads(seen: dict[str, Any]) -> list[str]:
+    return [r for r in seen["requests"] if r.startswith("GET") and r.endswith(".safetensors")]

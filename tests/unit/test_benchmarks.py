@@ -15,6 +15,7 @@ from benchmarks import jobs, limits, measures, plots, report
 from benchmarks.pool import RanksFailed
 from benchmarks.run import Bench, Settings, Turns, differ, merged, palindrome
 from benchmarks.zero_peer import rows_of
+from distckpt.storage.probes import best_point
 
 GIB = 1 << 30
 
@@ -307,5 +308,5 @@ def test_arguments() -> None:
 
 def test_the_best_point_of_a_sweep_is_the_limit() -> None:
     rates = {(4, 4 << 20): 1.0, (12, 8 << 20): 3.0}
-    found = limits.best_point(lambda p: rates.get((p.threads, p.request), 0.5), limits.QUICK_POINTS)
+    found = best_point(lambda p: rates.get((p.threads, p.request), 0.5), limits.QUICK_POINTS)
     assert (found.threads, found.request) == (12, 8 << 20)

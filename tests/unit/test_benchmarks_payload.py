@@ -14,6 +14,7 @@ import torch
 from benchmarks import limits, meters
 from benchmarks.payload import POISON, Arena, Live, Noise
 from benchmarks.shapes import CHANGING, COLUMNS, FLAT, REPLICATED, ROWS, TensorSpec, Workload, make_workload
+from distckpt.storage import probes
 
 MB = 1_000_000
 COUNTS = {
@@ -157,8 +158,8 @@ def test_caches_are_dropped_and_warmed_and_mincore_says_so(tmp_path: Path) -> No
     path = tmp_path / "file"
     limits.write_file(path, 8 << 20)
     assert path.stat().st_size == 8 << 20
-    assert limits.warm_caches([path]) == 0
-    assert limits._resident_pages(path.open("rb").fileno(), 8 << 20) == 2048
+    assert probes.warm_caches([path]) == 0
+    assert probes.resident_pages(path.open("rb").fileno(), 8 << 20) == 2048
     if limits.drop_caches([path]):
         pytest.skip("this file system keeps its pages (tmpfs)")
     assert limits.disk_read([path], threads=2, request=1 << 20) > 0
