@@ -14,4 +14,5 @@ echo "== ruff"
 echo "== mypy"
 "$PYTHON" -m mypy
 echo "== pytest"
-exec "$PYTHON" -m pytest --durations=10 "$@" # last, so that its summary closes the output
+# Two at a time: most tests wait for processes, disks and deadlines. A file's tests stay together.
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile --durations=10 "$@" # last, so that its summary closes the output
