@@ -46,12 +46,16 @@ class Stops:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stops]:
-    """Handle SIGINT, SIGTERM and SIGHUP as ``Stops`` does, and put the handlers back; in the main thread only."""
+    """Handle SIGINT, SIGTERM and SIGHUP as ``Stops`` does, and put the handlers back; in the main thread only.
+
+    A SIGHUP that is ignored stays so: that is what nohup is for.
+    """
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
-    before = {number: signal.signal(number, stops) for number in SIGNALS}
+    ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+    before = {number: signal.signal(number, stops) for number in SIGNALS if number not in ignored}
     try:
         yield stops
     finally:

@@ -66,6 +66,16 @@ def test_handlers_are_put_back_and_the_first_signal_counts() -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable() as stops:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stops.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def fills_up(rank: int, folder: str, point: str, nth: int) -> int:
     """Somebody else takes all that is left of the disk, in the middle of a bench."""
 
