@@ -17,6 +17,7 @@ _HOMES = {
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
     "average_checkpoints": "distckpt.averaging.average",
+    "average_across_ranks": "distckpt.averaging.across",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
 }
@@ -24,6 +25,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.averaging.across import average_across_ranks as average_across_ranks
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
