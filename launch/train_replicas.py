@@ -43,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", default="runs/replicas", help="folder of the checkpoints, which all processes see")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=20, metavar="STEPS", help="steps of a replica between two averages")
+    parser.add_argument(
+        "--every", type=int, default=20, metavar="STEPS", help="steps of a replica between two averages"
+    )
     parser.add_argument("--outer", choices=sorted(OUTER), default="mean")
     parser.add_argument("--batch", type=int, default=6, help="windows per step of each replica")
     parser.add_argument("--dim", type=int, default=256, help="a multiple of 32")
