@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from benchmarks.average_job import KINDS
 from benchmarks.limits import disk_read, disk_write, drop_caches
-from benchmarks.zero_report import _cpu_model, _file_system
+from benchmarks.zero_report import cpu_model, file_system
 from distckpt import open_checkpoint
 from distckpt.export.stream import Stream
 from distckpt.importers.commit_source import commit_source
@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         facts = {
             "cores": os.cpu_count(),
-            "cpu": _cpu_model(),
-            "file_system": _file_system(Path(scratch)),
+            "cpu": cpu_model(),
+            "file_system": file_system(Path(scratch)),
             "torch": str(torch.__version__),
             "settings": {name: getattr(args, name) for name in ("k", "mbytes", "rounds", "dtype")},
         }

@@ -23,10 +23,12 @@ LIMITS = {
     "first save": "write", "save": "write", "cold load": "read", "warm load": "copy", "background": "copy",
     "first background": "copy", "same layout": "read", "reshard": "read", "resume": "read", "increment": "write",
     "first save after resume": "write", "steady save after resume": "write", "train": "copy",
-    "load": "read", "save + reshard": "",
+    "load": "read", "save + reshard": "", "ema update": "triad", "ema stall": "copy", "average": "average",
 }  # fmt: skip
 """Part: the limit that it is a fraction of. Of ``background`` and ``train`` it is the stall, not the whole."""
-STALLS = {"background": "free_seconds", "first background": "free_seconds", "train": "stall_seconds"}
+STALLS = {
+    "background": "free_seconds", "first background": "free_seconds", "train": "stall_seconds", "ema stall": "stall_seconds",
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "safetensors", "xxhash", "torch_checkpointing", "torchsnapshot", "deepspeed")
 
 
@@ -196,7 +198,7 @@ def summary(workload: str, world: int, part: str, peer: str, rows: Sequence[Row]
 
 SHOWN = (
     "first save", "save", "cold load", "warm load", "background", "train", "same layout", "reshard", "increment",
-    "first save after resume", "steady save after resume", "resume",
+    "first save after resume", "steady save after resume", "resume", "ema update", "ema stall", "average",
 )  # fmt: skip
 HEADINGS = (
     "workload", "ranks", "part", "peer", "median s", "min – max", "GB/s slowest rank", "of limit", "best DCP ÷ this",

@@ -17,6 +17,7 @@ _HOMES = {
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
     "average_checkpoints": "distckpt.averaging.average",
+    "average_across_ranks": "distckpt.averaging.across",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
     "write_report": "distckpt.analysis.report",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from distckpt.analysis.diff import diff_checkpoints as diff_checkpoints
     from distckpt.analysis.report import write_report as write_report
+    from distckpt.averaging.across import average_across_ranks as average_across_ranks
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig

@@ -32,7 +32,10 @@ TIMEOUT_S: Final = 6 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class AverageReport:
-    """What an average did. ``members``: name, step, weight, digest of each, oldest first; counts are of tensors."""
+    """What an average did. ``members``: name, step, weight, digest of each, oldest first; counts are of tensors.
+
+    ``fit``: of a post-hoc EMA, its width, where it ends, and its fit error.
+    """
 
     path: str
     step: int
@@ -44,6 +47,7 @@ class AverageReport:
     nbytes: int
     notes: tuple[str, ...]
     soup: SoupReport | None = None
+    fit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +157,22 @@ def average_checkpoints(
 
 
 def combine_checkpoints(
-    terms: Sequence[Term], out: str | os.PathLike[str], *, method: str = "linear", options: Options | None = None
+    terms: Sequence[Term],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "linear",
+    options: Options | None = None,
+    fit: dict[str, Any] | None = None,
 ) -> AverageReport:
     """Write the linear combination of terms as a new committed checkpoint under the root ``out``.
 
     The general form of ``average_checkpoints``: each term has its own prefix and weight, which may be negative; the
-    weights must sum to 1. The same checkpoint may be in it under several prefixes (two EMAs of one snapshot).
+    weights must sum to 1. The same checkpoint may be in it under several prefixes (two EMAs of one snapshot). ``fit``: plain
+    values for the report and the provenance that say how the weights came about.
     """
     options = options or Options()
     group = options.join()
-    return _finish(group, _opened(group, terms, options, normalise=False), out, method, options, None)
+    return _finish(group, _opened(group, terms, options, normalise=False), out, method, options, None, fit=fit)
 
 
 def _agreed_terms(
@@ -210,6 +220,7 @@ def _finish(
     options: Options,
     choice: Choice | None,
     soup: SoupReport | None = None,
+    fit: dict[str, Any] | None = None,
 ) -> AverageReport:
     key = fresh_key("average-blend")
     try:
@@ -225,13 +236,13 @@ def _finish(
     if options.batchnorm is not None and how != "none":
         refresh(options.batchnorm, blend, agreement=group, timeout_s=options.timeout_s)
         how = "recomputed"
-    provenance = _provenance(blend, method, how, choice, soup)
+    provenance = _provenance(blend, method, how, choice, soup) | ({} if fit is None else {"fit": fit})
     target = Target(os.fspath(out), step, options.threads, options.shard_bytes, options.timeout_s)
     path = write_blend(blend, target, provenance, group, options.progress)
     averaged = sum(mixed.how == "average" for mixed in blend.tensors.values())
     return AverageReport(
         path, step, method, tuple(member.row() for member in blend.members), averaged, len(blend.tensors) - averaged,
-        len(blend.aliases), blend.nbytes, tuple(blend.notes), soup,
+        len(blend.aliases), blend.nbytes, tuple(blend.notes), soup, fit,
     )  # fmt: skip
 
 

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from distckpt.averaging.average import AverageReport, Options, combine_checkpoints
 from distckpt.averaging.ema import EMAModel
 from distckpt.averaging.schedules import PowerFunction, Schedule, gamma_of
+from distckpt.averaging.sources import Term
+from distckpt.averaging.write import fresh_key, raise_cause
 from distckpt.boxes import Box, flat_range_to_boxes
-from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState
+from distckpt.clock import Deadline
+from distckpt.errors import AgreementError, CheckpointNotFound, ConfigError, IncompatibleState
 from distckpt.format.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 
 BLOCK = 1 << 22
@@ -174,6 +179,42 @@ def synthesise(
             known = out.get(target.removeprefix(prefix)) if target.startswith(prefix) else None
             out[alias.removeprefix(prefix)] = newest.read(target) if known is None else known
     return out, how
+
+
+def average_posthoc(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    sigma_rel: float,
+    *,
+    at: int | None = None,
+    name: str = "ema",
+    options: Options | None = None,
+) -> AverageReport:
+    """Write the EMA of a width chosen now as a new committed checkpoint under the root ``out``: its tensors are the model's.
+
+    ``at``: step of the checkpoint at which it ends (default: the newest). ``options``: as of ``combine_checkpoints``; shared
+    over the ranks of a process group, streamed, with the same bits on any number of them. What averages only follow
+    (frozen parameters, buffers) is the newest snapshot's; BatchNorm statistics are refused unless the options say what to do.
+
+    The report's ``fit`` has ``sigma_rel``, the ``count`` of steps in it, and ``fit_error``, see ``Synthesis``. Raises as
+    ``synthesise`` and ``combine_checkpoints``, on all ranks.
+    """
+    options = options or Options()
+    group = options.join()
+
+    def decide(_: list[bytes]) -> bytes:
+        how = solve_weights(snapshots(root, name=name), sigma_rel, step=at)
+        terms = [[s.path, w, s.prefix] for s, w in zip(how.snapshots, how.weights, strict=True)]
+        fit = {"sigma_rel": how.sigma_rel, "count": how.count, "fit_error": how.fit_error}
+        return msgspec.json.encode([terms, fit])
+
+    try:
+        answer = group.round(fresh_key("posthoc"), b"", decide, deadline=Deadline.after(options.timeout_s))
+    except AgreementError as error:
+        raise_cause(error)
+    terms, fit = msgspec.json.decode(answer)
+    options = replace(options, agreement=group)
+    return combine_checkpoints([Term(*term) for term in terms], out, method="posthoc", options=options, fit=fit)
 
 
 def combined(how: Synthesis, *, block: int = BLOCK) -> Iterator[tuple[str, Box, torch.Tensor]]:

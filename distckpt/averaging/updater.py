@@ -134,7 +134,7 @@ class _Batch:
         if self.through is not None:
             buffer = lanes.scratch(lane, self.sources[0], self.through, self.numel)
             if buffer is not self._buffer:
-                self._buffer, self._views = buffer, _split(buffer, self.sources)
+                self._buffer, self._views = buffer, split_like(buffer, self.sources)
                 self._operands = self._repeated(self._views)
             torch._foreach_copy_(self._views, self.sources)
         if self.averages == 1:
@@ -146,7 +146,7 @@ class _Batch:
         return [source for source in sources for _ in range(self.averages)]
 
 
-def _split(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def split_like(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return views of a flat buffer, one after another, of the shapes of these tensors."""
     sizes = [tensor.numel() for tensor in like]
     pieces = torch.split(buffer[: sum(sizes)], sizes)
@@ -176,7 +176,7 @@ class _Stage:
                 key = (len(self._steps) % 2, sources[0].dtype, room)
                 if key not in buffers:
                     buffers[key] = torch.empty(room, dtype=key[1], device=target, pin_memory=beside)
-                hosts = _split(buffers[key], sources)
+                hosts = split_like(buffers[key], sources)
                 inner = [Pair(host, p.shadows) for host, p in zip(hosts, packed, strict=True)]
                 self._steps.append((hosts, sources, Updater(inner, lanes=lanes)))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, byte_progress, clean, one_line, print_json, print_table, size_text
 from distckpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distckpt.averaging.average import AverageReport
 
 _N = TypeVar("_N", int, float)
 
@@ -67,6 +70,15 @@ def average(
     batchnorm: str = typer.Option(
         "refuse", "--batchnorm", metavar="refuse|copy_newest", help="Running statistics that differ."
     ),
+    posthoc: bool = typer.Option(False, "--posthoc", help="An EMA of any length, from a PostHocEMA's checkpoints."),
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option("--sigma-rel", metavar="W", show_default=False, help="Its relative width: 0.05, say."),
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", min=0, show_default=False, help="Step where it ends (default: the newest).")
+    ] = None,
+    name: str = typer.Option("ema", "--name", help="What the averages are called among a job's statefuls."),
     step: Annotated[int | None, typer.Option("--step", min=0, show_default=False, help="The result's step.")] = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -75,36 +87,64 @@ def average(
 
     Under torchrun (python -m distckpt.cli.main average ...) each rank writes its part; the result has the same bits.
     """
-    from distckpt.averaging.average import average_checkpoints
+    from distckpt.averaging.average import Options, average_checkpoints
     from distckpt.averaging.launched import launched_ranks
+    from distckpt.averaging.posthoc import average_posthoc
+    from distckpt.averaging.structure import Rules
 
     if evaluate is not None:
         sys.path.insert(0, os.getcwd())  # as python -m does; a console script does not
     with launched_ranks() as leads, byte_progress("averaging", enabled=leads and not json) as progress:
-        report = average_checkpoints(
-            paths,
-            out,
-            method,
-            weights=None if weights is None else _numbers("--weights", weights, float),
-            k=k,
-            metric=metric,
-            mode=mode,
-            every=every,
-            window=None if window is None else _window(window),
-            steps=[] if steps is None else [int(n) for n in _numbers("--steps", steps, int)],
-            evaluate=evaluate,
-            cache=cache,
-            prefix=prefix,
-            include_optimizer=include_optimizer,
-            dtype=dtype,
-            integers=integers,
-            copy=copy or (),
-            batchnorm=batchnorm,
-            step=step,
-            progress=progress,
-        )
-    if not leads:
-        return
+        if posthoc or sigma_rel is not None or at is not None:
+            chosen = {"--weights": weights, "-k": k, "--metric": metric, "--mode": mode, "--every": every, "--window": window,
+                      "--steps": steps, "--evaluate": evaluate, "--cache": cache}  # fmt: skip
+            given = [option for option, value in chosen.items() if value is not None]
+            given += ["--method"] * (method != "uniform") + ["--prefix"] * (prefix != "model.")
+            if not posthoc or sigma_rel is None or len(paths) != 1 or given:
+                raise ConfigError(
+                    f"--posthoc goes with one root and --sigma-rel, and with none of {', '.join(given) or 'the methods'}"
+                )
+            report = average_posthoc(
+                paths[0],
+                out,
+                sigma_rel,
+                at=at,
+                name=name,
+                options=Options(
+                    include_optimizer=include_optimizer,
+                    rules=Rules(integers, tuple(copy or ()), dtype, batchnorm),
+                    step=step,
+                    progress=progress,
+                ),
+            )
+        else:
+            report = average_checkpoints(
+                paths,
+                out,
+                method,
+                weights=None if weights is None else _numbers("--weights", weights, float),
+                k=k,
+                metric=metric,
+                mode=mode,
+                every=every,
+                window=None if window is None else _window(window),
+                steps=[] if steps is None else [int(n) for n in _numbers("--steps", steps, int)],
+                evaluate=evaluate,
+                cache=cache,
+                prefix=prefix,
+                include_optimizer=include_optimizer,
+                dtype=dtype,
+                integers=integers,
+                copy=copy or (),
+                batchnorm=batchnorm,
+                step=step,
+                progress=progress,
+            )
+    if leads:
+        _show(report, json=json)
+
+
+def _show(report: AverageReport, *, json: bool) -> None:
     if json:
         print_json(report)
         return
@@ -119,6 +159,11 @@ def average(
             for row in report.members
         ],
     )
+    if report.fit is not None:
+        fit = report.fit
+        print(
+            f"EMA of relative width {fit['sigma_rel']:g} over {fit['count']} steps, fit error {100 * fit['fit_error']:.2g} %"
+        )
     if report.soup is not None:
         soup = report.soup
         print(

@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_support import run as cli
+from cli_support import run_json as cli_json
 from manager_support import manager
+from ranks import run_ranks
 
 from distckpt import EMAModel, open_checkpoint
+from distckpt.averaging.average import Options
 from distckpt.averaging.posthoc import (
     PostHocEMA,
     Snapshot,
+    average_posthoc,
     combined,
     profile_products,
     snapshots,
@@ -21,6 +26,7 @@ from distckpt.averaging.posthoc import (
     synthesise,
 )
 from distckpt.averaging.schedules import gamma_of
+from distckpt.averaging.structure import Rules
 from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState
 
 WIDTHS = (0.05, 0.1)
@@ -98,6 +104,49 @@ def test_a_tracked_width_is_given_back_exactly(run: Any, sigma_rel: float) -> No
     assert found.keys() == stored.keys()
     for name, value in stored.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_the_command_writes_it_and_tells_the_fit_error(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, direct, model = run
+    command = ["average", root, "--out", tmp_path / "out", "--posthoc", "--sigma-rel", 0.07]
+    code, out, err = cli(capsys, *command)
+    assert code == 0, err
+    wanted, how = synthesise(root, 0.07)
+    assert f"relative width 0.07 over {STEPS} steps, fit error {100 * how.fit_error:.2g} %" in out
+    written = open_checkpoint(tmp_path / "out")
+    assert written.verify("full").ok
+    found = written.state_dict("model.")
+    assert found.keys() == wanted.keys()
+    assert found["norm.num_batches_tracked"] == STEPS
+    for name in ("up.weight", "up.bias", "norm.weight", "norm.bias", "frozen.weight"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-6)
+    error = (found["up.weight"].double() - direct[0.07]["up.weight"]).abs().max()
+    assert error < 0.1
+    Net().load_state_dict(found)
+    assert written.provenance["fit"]["fit_error"] == pytest.approx(how.fit_error)
+    code, document = cli_json(capsys, *command[:3], tmp_path / "early", *command[4:], "--at", 100)
+    assert (code, document["step"], document["fit"]["count"]) == (0, 100, 100)
+    assert max(row["step"] for row in document["members"]) == 100
+    for wrong in (["--method", "last"], ["--steps", "100"], ["--prefix", "ema."]):
+        assert cli(capsys, *command, *wrong)[0] == 2
+    assert cli(capsys, *command[:4], "--sigma-rel", 0.07)[0] == 2
+    assert cli(capsys, *command[:5])[0] == 2
+    assert cli(capsys, *command, "--name", "other")[0] == 1
+
+
+def write_posthoc(rank: int, root: Path, out: Path) -> list[float]:
+    options = Options(rules=Rules(batchnorm="copy_newest"), timeout_s=30.0, threads=1)
+    report = average_posthoc(root, out, 0.07, options=options)
+    assert report.fit is not None
+    return [float(report.fit["fit_error"]), report.nbytes]
+
+
+def test_ranks_share_it_and_have_the_same_bits(run: Any, tmp_path: Path) -> None:
+    alone = run_ranks(1, write_posthoc, run[0], tmp_path / "1")
+    assert run_ranks(2, write_posthoc, run[0], tmp_path / "2") == alone * 2
+    one, two = (open_checkpoint(tmp_path / n).state_dict("") for n in "12")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_is_only_followed_comes_from_the_newest_and_ties_stay(run: Any) -> None:

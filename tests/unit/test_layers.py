@@ -229,7 +229,9 @@ def test_only_the_agreement_waits_for_peers() -> None:
         for file, node, name in calls()
         if name.rpartition(".")[2] in collective and name.rpartition(".")[0] in ("dist", "torch.distributed")
     ]
-    assert found == []
+    # Live replicas are reduced over the training's own groups, each wait with the call's deadline, in one place.
+    assert [at for at in found if not at.startswith("averaging/buckets.py")] == []
+    assert len(found) == 2
     # A full save moves tensors between ranks, point to point, and is the one place that does.
     moved = [f for f, _, name in calls() if name in ("dist.send", "dist.recv", "dist.isend", "dist.irecv")]
     assert set(moved) <= {"dcp/full.py"}
