@@ -206,7 +206,8 @@ def test_nothing_measured_is_nothing_met() -> None:
 def test_every_promise_of_the_table_has_a_line() -> None:
     card = "\n".join(line[0] for line in measures.scorecard(report.Results([])))
     for words in ("durable save", "CPU seconds", "cold load", "warm load", "18,867", "reshard", "stall of a background",
-                  "lazy stall", "lost training", "checksums", "peak extra", "LoRA", "first plan", "manifest", "EMA update", "average of K"):  # fmt: skip
+                  "lazy stall", "lost training", "checksums", "peak extra", "LoRA", "first plan", "manifest",
+                  "EMA update", "average of K"):  # fmt: skip
         assert words in card
 
 
