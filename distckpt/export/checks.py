@@ -28,7 +28,10 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What may differ. ``outputs``: see ``TOLERANCE``; ``agreement``: share of equal predictions; ``metric``: of a metric."""
+    """What may differ. ``outputs``: see ``TOLERANCE``; ``agreement``: share of equal predictions; ``metric``: of a metric.
+
+    After a cast a metric may move by 0.005, or by what one row weighs if that is more; without one by 0.0001.
+    """
 
     outputs: float
     agreement: float
@@ -36,14 +39,14 @@ class Limits:
 
     @classmethod
     def of(
-        cls, dtypes: tuple[str, str], outputs: float | None, agreement: float | None, metric: float | None
+        cls, dtypes: tuple[str, str], rows: int, outputs: float | None, agreement: float | None, metric: float | None
     ) -> Limits:
         """Return limits for weights trained in one dtype and exported in another; numbers given replace the usual ones."""
         cast = dtypes[0] != dtypes[1]
         return cls(
             max(TOLERANCE.get(dtype, 1e-1) for dtype in dtypes) if outputs is None else outputs,
             (AGREEMENT if cast else 1.0) if agreement is None else agreement,
-            (5e-3 if cast else 1e-4) if metric is None else metric,
+            (max(5e-3, 1 / rows) if cast else 1e-4) if metric is None else metric,
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def prove(plan: Plan, draft: Path) -> Proof:
             f"{plan.target.format} needs the model: name a function that makes it (model=, --model pkg.mod:fn), or a "
             "transformers config (config=, --config)"
         )
+    _need_tokenizer(plan, builder)
     trained = None if builder is None else _trained(builder, plan)
     stored = plan.stored if trained is None else _tied(plan.stored, trained.module)
     weights, notes = cast_weights(stored, plan.dtype)
@@ -126,6 +128,21 @@ def prove(plan: Plan, draft: Path) -> Proof:
         _companions(plan, proof, draft, trained)
         _candidate(plan, proof, trained, draft, notes)
     return proof
+
+
+def _need_tokenizer(plan: Plan, builder: Builder | None) -> None:
+    """Refuse a model of tokens whose tokenizer nobody named, where it is part of the promise or of the proof."""
+    if plan.tokenizer is not None or builder is None or builder.huggingface is None or plan.inputs is not None:
+        return
+    told = (
+        f"{plan.where}: {builder.name} takes tokens, and there is no tokenizer in the checkpoint; name a folder "
+        "(tokenizer=, --tokenizer)"
+    )
+    if plan.target.format == "huggingface" and plan.tokenizer_wanted and plan.config.get("vocab_size"):
+        raise ConfigError(f"{told}, or say that there is none (tokenizer=False, --no-tokenizer)")
+    row = None if plan.data is None else plan.data.rows[0]
+    if isinstance(row, str) or (isinstance(row, Mapping) and isinstance(row.get(plan.text), str)):
+        raise ConfigError(told)
 
 
 def _tied(stored: Weights, module: nn.Module) -> Weights:
@@ -207,9 +224,6 @@ def _companions(plan: Plan, proof: Proof, draft: Path, trained: Trained | None) 
     if plan.tokenizer is not None and not plan.target.file:
         copied = copy_tokenizer(plan.tokenizer, draft)
         proof.checks.append(_tokenizer(plan, draft, copied))
-    elif hugging and usable and plan.config.get("vocab_size") and plan.tokenizer_wanted:
-        told = "the model takes tokens, and no tokenizer was named (tokenizer=, --tokenizer; --no-tokenizer for none)"
-        proof.checks.append(Check("tokenizer", "fail", told))
 
 
 def _tokenizer(plan: Plan, draft: Path, copied: list[str]) -> Check:
@@ -264,7 +278,7 @@ def _candidate(plan: Plan, proof: Proof, trained: Trained, draft: Path, notes: C
     scene = Scene(
         trained.feed, plan.data, trained.batches, evaluator, plan.metrics, plan.batch_size, trained.tokenizer
     )  # fmt: skip
-    limits = checks.Limits.of((checks.main_dtype(plan.stored), proof.dtype), *plan.limits)
+    limits = checks.Limits.of((checks.main_dtype(plan.stored), proof.dtype), len(plan.data), *plan.limits)
     reference = behaviour.module_side(trained.module, trained.signature, trained.batches.trace)
     found = behaviour.compare(reference, side, scene, limits, name=plan.target.format, runs=plan.benchmark)
     proof.checks += found.checks
@@ -281,7 +295,8 @@ def _reloaded(plan: Plan, proof: Proof, trained: Trained, draft: Path) -> Side |
     """Load the written weights into a new model: by transformers itself where it is a folder of its kind."""
     kind = trained.builder.huggingface
     if plan.target.format == "huggingface" and kind is not None:
-        module, told = kind.from_pretrained(draft, local_files_only=True, output_loading_info=True, dtype="auto")
+        with _no_bars():
+            module, told = kind.from_pretrained(draft, local_files_only=True, output_loading_info=True, dtype="auto")
         wrong = {
             name: sorted(map(str, told.get(name) or ()))
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -305,6 +320,19 @@ def _reloaded(plan: Plan, proof: Proof, trained: Trained, draft: Path) -> Side |
     if trained.signature is None or trained.batches is None:
         return None
     return behaviour.module_side(module.eval(), _signature(plan, proof, trained), trained.batches.trace)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' progress bars out of ours."""
+    logging = optional("transformers.utils.logging", "eval")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _auto(kind: Any, draft: Path, names: Mapping[int, str]) -> Check:

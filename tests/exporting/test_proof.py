@@ -57,9 +57,10 @@ def test_a_batch_size_that_the_program_would_fix(root: Path, tmp_path: Path, to:
 
 
 def test_float64_that_nobody_trained_in(root: Path, tmp_path: Path) -> None:
-    for to in ("pt2", "onnx"):
-        wrong = refused(root, tmp_path / "out", to, nets.Doubled)
-        assert "output (" in wrong["no float64"].evidence
+    wrong = refused(root, tmp_path / "out", "onnx", nets.Doubled)
+    assert "output (inside the graph)" in wrong["no float64"].evidence
+    wrong = refused(root, tmp_path / "out", "torchscript", nets.Doubled)
+    assert "output (an output)" in wrong["no float64"].evidence
 
 
 def test_a_buffer_that_no_checkpoint_has(root: Path, tmp_path: Path) -> None:
