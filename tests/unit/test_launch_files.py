@@ -51,11 +51,12 @@ def test_extras_are_installed_together_and_only_when_one_is_new(tmp_path: Path) 
     assert log.read_text().split() == [".[test,deepspeed,eval]", ".[test,report]", ".[test,report,eval]"]
 
 
-def test_the_constraints_pin_all_that_evaluation_needs() -> None:
-    pytest.importorskip("statsmodels")
+@pytest.mark.parametrize(("name_of_extra", "library"), [("eval", "statsmodels"), ("export", "onnxruntime")])
+def test_the_constraints_pin_all_that_an_extra_needs(name_of_extra: str, library: str) -> None:
+    pytest.importorskip(library)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines if "==" in line}
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["eval"]
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][name_of_extra]
     for name in (re.split(r"[^\w-]", line)[0] for line in extra):
         needs = [re.split(r"[^\w.-]", line)[0] for line in metadata.requires(name) or () if "extra ==" not in line]
         assert {re.sub(r"[-_.]+", "-", need).lower() for need in (name, *needs)} <= pinned, name
