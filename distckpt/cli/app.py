@@ -12,7 +12,7 @@ from distckpt import __version__
 
 COMMANDS = {
     name: f"distckpt.cli.{name}"
-    for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert", "average", "evaluate", "select")
+    for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert", "average", "evaluate", "select", "compare")
 }
 COMMANDS["unpin"] = "distckpt.cli.pin"
 

@@ -37,6 +37,25 @@ Paths = Annotated[
 Steps = Annotated[
     list[int] | None, typer.Option("--step", min=0, show_default=False, help="Only this step (again for more).")
 ]
+EvaluatorName = Annotated[
+    str,
+    typer.Option(
+        "--evaluator",
+        metavar="NAME|pkg.mod:fn",
+        help="fn(model, rows), or sequence-classification, language-model, translation.",
+    ),
+]
+Build = Annotated[
+    str | None,
+    typer.Option("--build", metavar="pkg.mod:fn", show_default=False, help="fn(state_dict, config) -> model."),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="DIR", show_default=False, help="Hugging Face tokenizer.")
+]
+ModelConfig = Annotated[
+    str | None, typer.Option("--config", metavar="DIR", show_default=False, help="Folder with config.json.")
+]
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, show_default=False, help="Tokens of a row.")]
 Results = Annotated[
     str | None,
     typer.Option(

