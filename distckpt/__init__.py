@@ -17,6 +17,7 @@ _HOMES = {
     "resume_training": "distckpt.manager.resume",
     "ResumableSampler": "distckpt.engines.sampler",
     "average_checkpoints": "distckpt.averaging.average",
+    "compare_candidates": "distckpt.averaging.contenders",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
 }
@@ -25,6 +26,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
+    from distckpt.averaging.contenders import compare_candidates as compare_candidates
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
