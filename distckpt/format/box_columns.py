@@ -84,7 +84,7 @@ class BoxColumns(Sequence[tuple[Box, ...]]):
         """Return which items have a box that shares elements with ``box``, in order."""
         import numpy as np
 
-        if not box.numel:
+        if not box.numel or not self.boxes:
             return []
         table = self.table()
         starts, ends = table[:, 0], table[:, 0] + table[:, 1]

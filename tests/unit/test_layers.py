@@ -183,8 +183,8 @@ def test_files_stay_short() -> None:
         (("os.link", "os.rename", "os.renames", "os.replace", "os.symlink"), ("storage/", "export/stream.py")),
         (("os.fsync", "os.fdatasync", "os.unlink", "os.remove", "os.rmdir"), ("storage/", "export/stream.py")),
         (("shutil.rmtree", "os.removedirs"), ()),
-        # One door for writing a manifest, one for reading the clock of peers.
-        (("encode_manifest",), ("format/commit.py", "format/manifest.py", "manager/loading.py")),
+        # One door for writing a manifest, one for sending it to peers.
+        (("encode_manifest",), ("format/commit.py", "format/manifest.py", "manager/exchange.py")),
         (("create_generation",), ("manager/line.py", "dcp/plugin.py", "importers/commit_source.py")),
         (("os.fork", "os.system"), ()),
         (("eval", "exec", "__import__"), ()),
