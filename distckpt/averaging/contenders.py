@@ -10,29 +10,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from distckpt.averaging.average import average_checkpoints
 from distckpt.averaging.blend import Blend
+from distckpt.averaging.jury import Jury, check_apart, draft_of, ema_prefixes, exists, whole_evaluator
 from distckpt.engines.base import MODEL
 from distckpt.errors import ConfigError, IncompatibleState
-from distckpt.format.checkpoint import list_checkpoints, open_checkpoint
+from distckpt.format.checkpoint import open_checkpoint
 from distckpt.format.digest import digest
 from distckpt.selection.compare import LOWER_IS_BETTER, CandidateComparison, Entrant, Kind, compare_entrants
-from distckpt.selection.data import EvaluationData, Rows, evaluation_data
+from distckpt.selection.data import Rows, evaluation_data
 from distckpt.selection.ensemble import ensemble_evaluations, pool_weights
-from distckpt.selection.evaluate import evaluate_subjects
-from distckpt.selection.evaluation import CheckpointId, Costs, Evaluation
+from distckpt.selection.evaluation import Costs, Evaluation, Threshold
 from distckpt.selection.evaluators import Evaluator, Outcome, evaluator_of
-from distckpt.selection.huggingface import HuggingFaceEvaluator
 from distckpt.selection.ledger import candidate_of
+from distckpt.selection.metrics import at_threshold
 from distckpt.selection.predictions import Predictions
 from distckpt.selection.rules import Rule, as_rule, best_by, choose, eligible, ranked
-from distckpt.selection.sharing import Ranks
 from distckpt.selection.statistics import interval_of
 from distckpt.selection.subjects import Paths, Subject, find_subjects
-from distckpt.selection.thresholds import kept_predictions
+from distckpt.selection.thresholds import ThresholdRule, choose_threshold, kept_predictions, with_threshold
 
 log = logging.getLogger("distckpt")
 ENSEMBLES: Final = ("probabilities", "logits", "weighted")
@@ -57,6 +56,7 @@ def compare_candidates(
     criteria: Sequence[tuple[str, str]] | None = None,
     build: Callable[[dict[str, Any], Any], Any] | str | None = None,
     costs: Costs | None = None,
+    threshold: Threshold | ThresholdRule | None = None,
     version: str | None = None,
     prefix: str = MODEL,
     batch_size: int = 32,
@@ -75,8 +75,9 @@ def compare_candidates(
     Candidates: every checkpoint; the average of the ``last`` ones; that of the ``top`` by ``loss`` on validation, and
     ``ensembles`` of the same (means of ``probabilities`` or ``logits``, or ``weighted``: probabilities, with the weights
     of least loss on validation); with ``ema`` the best of each EMA that the checkpoints hold; with ``soup`` a greedy soup
-    scored by what the rule asks first, within its constraints. ``batchnorm``: as in ``average_checkpoints``. What cannot
-    be made (other heads, BatchNorm, one checkpoint alone) is left out, and the result says why.
+    scored by what the rule asks first, within its constraints. ``threshold``: a fixed one, or a rule by which each candidate
+    gets its own on validation, which then holds on test. ``batchnorm``: as in ``average_checkpoints``. What
+    cannot be made (other heads, BatchNorm, one checkpoint alone) is left out, and the result says why.
 
     The rest is that of ``compare_entrants``. Under torchrun all ranks call this, and all get the result.
 
@@ -89,13 +90,13 @@ def compare_candidates(
     rows = evaluation_data(validation)
     fresh = None if test is None else evaluation_data(test)
     if fresh is not None:
-        _check_apart(rows, fresh)
+        check_apart(rows, fresh)
     options = {"costs": costs, "batch_size": batch_size, "timeout_s": timeout_s, "progress": progress}
     found = evaluator_of(evaluator, build=build, version=version)
     home = f"{os.fspath(out).rstrip('/')}"
     first = find_subjects(checkpoints, prefix=prefix)
-    jury = _Jury(_whole(found, first), rows, fresh, options, home, confidence)
-    bench = _Bench(jury, as_rule(rule), prefix, batchnorm, timeout_s)
+    jury = Jury(whole_evaluator(found, first), rows, fresh, options, home, confidence)
+    bench = _Bench(jury, as_rule(rule), prefix, batchnorm, threshold, timeout_s)
     bench.enter_singles(checkpoints)
     bench.enter_averages(last, top, loss, ensembles)
     if ema:
@@ -105,60 +106,19 @@ def compare_candidates(
     return compare_entrants(
         bench.entrants, bench.rule, metrics=[m for m in metrics if m in bench.singles[0].metrics], criteria=criteria,
         confidence=confidence, resamples=resamples, seed=seed, looks=bench.looks, left_out=bench.left_out,
+        threshold="" if threshold is None else str(threshold),
     )  # fmt: skip
-
-
-def _check_apart(validation: EvaluationData, test: EvaluationData) -> None:
-    shared = len(set(validation.content.tolist()) & set(test.content.tolist()))
-    if shared or validation.id.name == test.id.name:
-        what = f"share {shared} rows: drop them from one" if shared else "have one name: give them names of their own"
-        raise ConfigError(f"validation ({validation.id}) and test ({test.id}) {what}")
-
-
-def _whole(evaluator: Evaluator, subjects: Sequence[Subject]) -> Evaluator:
-    """Let averages of Hugging Face folders, which are weights alone, have the folders' own tokenizer and config."""
-    newest = subjects[-1]
-    if isinstance(evaluator, HuggingFaceEvaluator) and newest.id.kind == "huggingface":
-        return replace(evaluator, tokenizer=evaluator.tokenizer or newest.path, config=evaluator.config or newest.path)
-    return evaluator
-
-
-@dataclass(slots=True)
-class _Jury:
-    """Runs candidates over the rows."""
-
-    evaluator: Evaluator
-    validation: EvaluationData
-    test: EvaluationData | None
-    options: dict[str, Any]
-    out: str
-    confidence: float
-
-    def on(self, data: EvaluationData, find: Callable[[], list[Subject]]) -> list[Evaluation]:
-        return evaluate_subjects(find, self.evaluator, data, **self.options)
-
-    def of(self, data: EvaluationData, paths: Paths, prefix: str = MODEL) -> list[Evaluation]:
-        """Evaluate checkpoints; what belongs to no root of checkpoints has its results under ``out``."""
-
-        def find() -> list[Subject]:
-            found = find_subjects(paths, prefix=prefix)
-            lacking = any(subject.home is None for subject in found)
-            return find_subjects(paths, prefix=prefix, results=f"{self.out}/results") if lacking else found
-
-        return self.on(data, find)
-
-    def on_test(self, one: Evaluation) -> Evaluation | None:
-        return None if self.test is None else self.of(self.test, one.checkpoint.path, one.checkpoint.prefix or MODEL)[0]
 
 
 @dataclass(slots=True)
 class _Bench:
     """Candidates as they come in."""
 
-    jury: _Jury
+    jury: Jury
     rule: Rule
     prefix: str
     batchnorm: Any
+    threshold: Threshold | ThresholdRule | None
     timeout_s: float
     singles: list[Evaluation] = field(default_factory=list)
     entrants: list[Entrant] = field(default_factory=list)
@@ -194,7 +154,7 @@ class _Bench:
         where: dict[str, list[str]] = {}
         for one in self.singles:
             if one.checkpoint.kind == "distckpt":
-                for prefix in _ema_prefixes(one.checkpoint.path):
+                for prefix in ema_prefixes(one.checkpoint.path):
                     where.setdefault(prefix, []).append(one.checkpoint.path)
         for prefix, paths in where.items():
             found = self._look(paths, prefix)
@@ -221,11 +181,13 @@ class _Bench:
             if len(members) == 1 and members[0] in known:
                 evaluation = known[members[0]]
             else:
-                (evaluation,) = self.jury.on(self.jury.validation, lambda: [_draft(blend, newest)])
+                draft = draft_of(blend, newest, f"{self.jury.out}/results")
+                (evaluation,) = map(self._judged, self.jury.on(self.jury.validation, lambda: [draft]))
             value = aim.value(candidate_of(evaluation)) if self._best([evaluation]) is not None else None
             return float("nan") if value is None else float(value)
 
-        what = f"greedy {self.rule} {self.jury.validation.id.digest} {self.jury.evaluator.name} {self.jury.evaluator.version}"
+        who = f"{self.jury.evaluator.name} {self.jury.evaluator.version}"
+        what = f"greedy {self.rule} {self.threshold} {self.jury.validation.id.digest} {who}"
         made = self._made(f"greedy soup, {aim}", "soup", self.singles, what,
                           {"method": "greedy", "evaluate": score, "mode": aim.mode})  # fmt: skip
         if made is None:
@@ -241,9 +203,24 @@ class _Bench:
     # ------------------------------------------------------------ inside
 
     def _look(self, paths: Paths, prefix: str) -> list[Evaluation]:
-        found = self.jury.of(self.jury.validation, paths, prefix)
+        found = list(map(self._judged, self.jury.of(self.jury.validation, paths, prefix)))
         self.looks += len(found)
         return found
+
+    def _judged(self, one: Evaluation) -> Evaluation:
+        """Return a result on validation at the threshold, or at the candidate's own."""
+        if self.threshold is None:
+            return one
+        return self._at(one, kept_predictions(one))[0]
+
+    def _at(self, one: Evaluation, said: Predictions, fixed: Threshold | None = None) -> Pair:
+        value = fixed or self.threshold
+        if value is None:
+            return one, said
+        costs = self.jury.options["costs"]
+        if isinstance(value, ThresholdRule):
+            value = choose_threshold(said, value, data=one.data.name, costs=costs)
+        return with_threshold(one, said, value, costs=costs), at_threshold(said, value)
 
     def _best(self, found: Sequence[Evaluation]) -> Evaluation | None:
         def ends(candidate: Any, metric: str) -> tuple[float, float] | None:
@@ -255,9 +232,10 @@ class _Bench:
 
     def _enter(self, name: str, kind: Kind, one: Evaluation, how: str = "") -> None:
         test = self.jury.on_test(one)
-        if test is not None:
-            self.tested[one.checkpoint.digest + one.checkpoint.prefix] = test
         said = None if test is None else kept_predictions(test)
+        if test is not None and said is not None:
+            self.tested[one.checkpoint.digest + one.checkpoint.prefix] = test
+            test, said = self._at(test, said, one.threshold)
         self.entrants.append(Entrant(name, kind, one, kept_predictions(one), test, said, how))
 
     def _average(self, name: str, members: Sequence[Evaluation]) -> None:
@@ -277,7 +255,7 @@ class _Bench:
             repr([what, str(self.batchnorm), [one.checkpoint.digest + self.prefix for one in members]]).encode()
         )
         root = f"{self.jury.out}/{stem}-{key[:12]}"
-        if not _exists(root, self.timeout_s):
+        if not exists(root, self.timeout_s):
             paths = [one.checkpoint.path for one in members]
             try:
                 average_checkpoints(
@@ -286,7 +264,7 @@ class _Bench:
             except (IncompatibleState, ConfigError) as error:
                 self.left_out.append(f"{name}: {error}")
                 return None
-        return self.jury.of(self.jury.validation, root)[0]
+        return self._judged(self.jury.of(self.jury.validation, root)[0])
 
     def _ensemble(self, kind: str, members: Sequence[Evaluation], loss: str) -> None:
         if len(members) < 2:
@@ -297,64 +275,19 @@ class _Bench:
         try:
             said = [kept_predictions(one) for one in members]
             weights = pool_weights(said) if kind == "weighted" else None
-            mine = ensemble_evaluations(members, weights, average, name=name)
+            mine = self._at(*ensemble_evaluations(members, weights, average, name=name))
         except ConfigError as error:
             self.left_out.append(f"{name}: {error}")
             return
         told = "" if weights is None else f", weights {', '.join(f'{one:.2f}' for one in weights)}"
         tests = [self.tested.get(one.checkpoint.digest + one.checkpoint.prefix) for one in members]
-        test, fresh = (
-            ensemble_evaluations([t for t in tests if t], weights, average, name=name) if all(tests) else (None, None)
-        )
+        test, fresh = None, None
+        if all(tests):
+            joint = ensemble_evaluations([one for one in tests if one], weights, average, name=name)
+            test, fresh = self._at(*joint, mine[0].threshold)
         self.looks += 1
         how = f"steps {_steps(members)} (the best by {loss}){told}"
         self.entrants.append(Entrant(name, "ensemble", *mine, test, fresh, how, len(members)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft(Subject):
-    """A mean that is not written, as something to evaluate."""
-
-    blend: Blend | None = None
-    like: Subject | None = None
-
-    @property
-    def config(self) -> Any:
-        """The newest member's."""
-        return None if self.like is None else self.like.config
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the mean's weights under the model's own names."""
-        assert self.blend is not None
-        return self.blend.state_dict()
-
-
-def _draft(blend: Blend, newest: Subject) -> Subject:
-    name = f"mean of {len(blend.members)}"
-    return _Draft(CheckpointId(name, name, blend.digest, newest.id.step, prefix=MODEL), None, blend, newest)
-
-
-def _exists(root: str, timeout_s: float) -> bool:
-    """Whether a root has a checkpoint, as rank 0 sees it."""
-    ranks = Ranks(timeout_s)
-    try:
-        there = ranks.gather(lambda check: b"", lambda parts: b"yes" if list_checkpoints(root) else b"no")
-    finally:
-        ranks.close()
-    return there == b"yes"
-
-
-def _ema_prefixes(path: str) -> list[str]:
-    """Return where the EMAs of a checkpoint lie: an object says what each is called."""
-    checkpoint = open_checkpoint(path)
-    found = []
-    for name, record in checkpoint.objects.items():
-        averages = record.get("averages") if isinstance(record, Mapping) else None
-        for label in averages if isinstance(averages, Mapping) else ():
-            prefix = f"{name}.{label}." if label else f"{name}."
-            if any(tensor.startswith(prefix) for tensor in checkpoint.tensors):
-                found.append(prefix)
-    return found
 
 
 def _steps(members: Sequence[Evaluation]) -> str:

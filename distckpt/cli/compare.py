@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from json import dumps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distckpt.cli import options
 from distckpt.cli.evaluate import named_evaluator
-from distckpt.cli.output import Column, clean, one_line, print_json, print_table
+from distckpt.cli.output import Column, clean, one_line, plain, print_json, print_table
 
 
 def compare(
@@ -51,11 +53,15 @@ def compare(
         typer.Option("--metric", metavar="NAME", show_default=False, help="Shown besides (default: accuracy, loss)."),
     ] = None,
     cost: options.CostOptions = None,
+    threshold: options.ThresholdText = None,
     prefix: str = typer.Option("model.", "--prefix", help="Which weights of a distckpt checkpoint."),
     batch_size: int = typer.Option(32, "--batch-size", min=1, help="Rows that run together."),
     batchnorm: str = typer.Option("refuse", "--batchnorm", metavar="refuse|copy_newest", help="Of averages."),
     resamples: int = typer.Option(1000, "--resamples", min=100, metavar="N", help="Of bootstrap and permutations."),
     confidence: float = typer.Option(0.95, "--confidence", min=0.5, max=0.999, help="Of intervals and tests."),
+    save: Annotated[
+        str | None, typer.Option("--save", metavar="FILE", show_default=False, help="Write the result as JSON, too.")
+    ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -84,6 +90,7 @@ def compare(
             metrics=metric or ["accuracy", "loss"],
             build=build,
             costs=options.parse_costs(cost),
+            threshold=options.parse_threshold(threshold),
             prefix=prefix,
             batch_size=batch_size,
             batchnorm=batchnorm,
@@ -93,6 +100,8 @@ def compare(
         )
     if not leader:
         return
+    if save is not None:
+        Path(save).write_text(dumps(plain(found.to_json()), indent=1) + "\n", encoding="utf-8")
     if json:
         print_json(found.to_json())
         return
@@ -103,6 +112,8 @@ def _print(found: Any) -> None:
     from distckpt.selection.evaluation import value_and_n
 
     print(f"rule: {clean(found.rule)}; chosen on {clean(found.validation)}")
+    if found.threshold:
+        print(f"each candidate has its own threshold, chosen on validation: {clean(found.threshold)}")
     tested = "" if found.test is None else f", test {clean(found.test)}"
     print(f"difference: of {clean(found.metric)} from the best single, {clean(found.single)}; paired, Holm{tested}")
     columns = [

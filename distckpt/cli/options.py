@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
 
@@ -69,6 +70,16 @@ CostOptions = Annotated[
     ),
 ]
 
+ThresholdText = Annotated[
+    str | None,
+    typer.Option(
+        "--threshold",
+        metavar="CLASS=0.3|f1",
+        show_default=False,
+        help="A fixed one, or the best of an aim for each, as in 'negative=precision recall>=0.9'.",
+    ),
+]
+
 
 def parse_costs(texts: list[str] | None) -> dict[tuple[str, str], float] | None:
     """Return costs of errors as typed; ``ConfigError`` for what is none."""
@@ -83,3 +94,19 @@ def parse_costs(texts: list[str] | None) -> dict[tuple[str, str], float] | None:
         except ValueError:
             raise ConfigError(f"--cost {text!r}: want TRUE:PREDICTED=NUMBER, such as negative:positive=5") from None
     return found or None
+
+
+def parse_threshold(text: str | None) -> Any:
+    """Return a ``Threshold`` or a ``ThresholdRule`` as typed; ``ConfigError`` for what is none."""
+    from distckpt.selection.evaluation import Threshold
+    from distckpt.selection.thresholds import ThresholdRule
+
+    if text is None:
+        return None
+    name, equals, rest = text.partition("=")
+    if re.fullmatch(r"\d*\.?\d+", rest.strip()):
+        return Threshold(name.strip(), float(rest))
+    found = re.fullmatch(r"(\w+)(?:\s+(precision|recall)\s*>=\s*(\d*\.?\d+))?", rest.strip())
+    if not equals or found is None:
+        raise ConfigError(f"--threshold {text!r}: want CLASS=0.3, CLASS=f1, or 'CLASS=precision recall>=0.9'")
+    return ThresholdRule(name.strip(), found[1], None if found[2] is None else (found[2], float(found[3])))

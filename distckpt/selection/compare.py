@@ -71,7 +71,8 @@ class CandidateComparison:
 
     ``single``: the best single checkpoint by the rule; ``chosen``: the best of all by the rule; ``recommended``: the
     chosen one if the validation rows show it to be better, else the single one. ``metric``, ``mode``: what was tested;
-    ``looks``: how many candidates were scored on validation; ``left_out``: what could not be made, and why.
+    ``looks``: how many candidates were scored on validation; ``left_out``: what could not be made, and why; ``threshold``: by
+    which each candidate got its own on validation, empty where the highest score decides.
     """
 
     rule: str
@@ -87,6 +88,7 @@ class CandidateComparison:
     looks: int
     alpha: float
     left_out: tuple[str, ...]
+    threshold: str
     words: tuple[str, ...]
 
     def row(self, name: str) -> Row:
@@ -115,6 +117,7 @@ def compare_entrants(
     seed: int = 0,
     looks: int | None = None,
     left_out: Sequence[str] = (),
+    threshold: str = "",
 ) -> CandidateComparison:
     """Compare evaluated candidates with the best single checkpoint by ``rule``, on validation and on a test set.
 
@@ -160,7 +163,7 @@ def compare_entrants(
     found = CandidateComparison(
         str(parsed), aim.metrics[0], aim.mode, columns, tuple(rows), single.name, chosen.name, recommended,
         str(single.validation.data), None if single.test is None else str(single.test.data),
-        len(entrants) if looks is None else looks, 1 - confidence, tuple(left_out), (),
+        len(entrants) if looks is None else looks, 1 - confidence, tuple(left_out), threshold, (),
     )  # fmt: skip
     return replace(found, words=tuple(verdict(found)))
 

@@ -23,7 +23,7 @@ from distckpt.format.lineage import create_generation, ensure_root
 from distckpt.selection.compare import CandidateComparison, Entrant, compare_entrants
 from distckpt.selection.ensemble import ensemble_predictions, pool_weights
 from distckpt.selection.metrics import measure
-from distckpt.selection.predictions import Predictions
+from distckpt.selection.predictions import Predictions, concatenated
 from distckpt.storage import open_store
 
 RULE = "max recall_negative, then max f1_negative, then earliest"
@@ -164,6 +164,23 @@ def test_pool_weights_have_the_least_loss() -> None:
         pool_weights([members[0], members[1].take(np.arange(10))])
 
 
+def test_logits_and_probabilities_are_paired_as_what_they_say() -> None:
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 2, 60)
+    kept = [
+        Predictions(ids=range(60), labels=labels, logits=rng.standard_normal((60, 2)), classes=CLASSES) for _ in "ab"
+    ]
+    said = Predictions(
+        ids=range(60), labels=labels, probabilities=kept[1].scores(), predicted=1 - labels, classes=CLASSES
+    )
+    both = measure(concatenated(kept[0], said))
+    alone = [measure(one) for one in (kept[0], said)]
+    hits = [one.counts["accuracy"][0] for one in alone]
+    assert both.counts["accuracy"] == (sum(hits), 120)
+    assert hits[1] == 0
+    assert both.metrics["loss"] == pytest.approx(np.mean([one.metrics["loss"] for one in alone]))
+
+
 # ---------------------------------------------------------------- a run's own
 
 
@@ -288,3 +305,29 @@ def test_the_command(tmp_path: Path, sets: tuple[str, str], capsys: pytest.Captu
     assert told["recommended"] in {row["name"] for row in told["rows"]}
     assert run(capsys, "compare", root, *options, "--by", "best of all")[0] == 2
     assert run(capsys, "compare", root, *options[:6])[0] == 2  # no --out
+
+
+def test_each_candidate_may_have_its_own_threshold(tmp_path: Path, sets: tuple[str, str]) -> None:
+    """Chosen on validation, for single checkpoints, averages, soup and ensembles alike, and carried to the test rows."""
+    from distckpt.selection.evaluation import Threshold
+    from distckpt.selection.thresholds import ThresholdRule
+
+    root, options = (
+        noisy_root(tmp_path / "run", 3),
+        {"rule": "max f1_negative", "out": tmp_path / "out", "resamples": 200},
+    )
+    own = compare_candidates(root, linear, *sets, threshold=ThresholdRule("negative"), **options)  # type: ignore[arg-type]
+    plain = compare_candidates(root, linear, *sets, **options)  # type: ignore[arg-type]
+    assert "negative" in own.threshold
+    assert plain.threshold == ""
+    for row in own.rows:
+        assert row.test is not None
+        assert row.validation.threshold == row.test.threshold
+        assert row.validation.threshold is not None
+        assert "validation" in row.validation.threshold.origin
+    values = {row.name: row.validation.metrics["f1_negative"] for row in plain.rows}
+    common = [row for row in own.rows if row.name in values]
+    assert {row.kind for row in common} >= {"single", "ensemble", "average"}
+    assert all((row.validation.metrics["f1_negative"] or 0) >= (values[row.name] or 0) for row in common)
+    every = compare_candidates(root, linear, *sets, threshold=Threshold("negative", 0.0), **options)  # type: ignore[arg-type]
+    assert all(row.test is not None and row.test.metrics["recall_negative"] == 1 for row in every.rows)
