@@ -68,7 +68,7 @@ job() {
 # supervised [options of demo_job.py] -- COMMAND: nothing of it outlives this script
 supervised() {
     local code=0
-    "$PYTHON" launch/demo_job.py "$@" 8>&- &
+    "$PYTHON" launch/demo_job.py --timeout 900 "$@" 8>&- &
     JOB=$!
     wait "$JOB" || code=$?
     JOB=

