@@ -19,6 +19,7 @@ _HOMES = {
     "average_checkpoints": "distckpt.averaging.average",
     "compare_candidates": "distckpt.averaging.contenders",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
+    "export_inference_checkpoint": "distckpt.export.inference",
     "select_top_k_by_metric": "distckpt.selection.select",
     "write_report": "distckpt.analysis.report",
 }
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler
+    from distckpt.export.inference import export_inference_checkpoint as export_inference_checkpoint
     from distckpt.format.checkpoint import Checkpoint as Checkpoint
     from distckpt.format.checkpoint import list_checkpoints as list_checkpoints
     from distckpt.format.checkpoint import open_checkpoint as open_checkpoint

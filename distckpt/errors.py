@@ -109,6 +109,14 @@ class ConfigError(DistckptError, ValueError):
     """A setting is wrong; the message names the setting, the value and what is allowed."""
 
 
+class ExportRefused(DistckptError):
+    """An export failed a check, so nothing was published; ``checks`` has every answer, those that passed too."""
+
+    def __init__(self, message: str, checks: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.checks = checks
+
+
 class StoreError(DistckptError, OSError):
     """Storage refused an operation; the message names the operation and the path."""
 

@@ -2,7 +2,7 @@
 # Lint, types, tests. Arguments go to pytest, paths from the top of the checkout:
 #   bash tests/run.sh tests/unit -k sampler
 set -euo pipefail
-EXTRAS=deepspeed,eval,plots
+EXTRAS=deepspeed,eval,export,plots
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
 cd "$ROOT"
 

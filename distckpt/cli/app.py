@@ -24,6 +24,7 @@ COMMANDS = {
         "evaluate",
         "select",
         "compare",
+        "export",
         "report",
         "watch",
     )

@@ -55,7 +55,7 @@ def convert(
     """
     from distckpt.importers.convert import convert as run
 
-    size = None if max_shard_size is None else _size(max_shard_size)
+    size = None if max_shard_size is None else parse_size(max_shard_size)
     done = 0
     with byte_progress("converting", enabled=not json) as show:
 
@@ -87,7 +87,8 @@ def convert(
         print(f"note: {one_line(note)}")
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Return bytes from text such as ``5GB``; ``ConfigError`` for what is none."""
     match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or int(match[1]) == 0:
         raise ConfigError(f"--max-shard-size {text!r}: give a number and a unit such as 5GB or 500MB")

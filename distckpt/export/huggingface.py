@@ -40,12 +40,7 @@ def export_huggingface(
     with new_folder(target) as draft:
         for file, names in zip(files, shards, strict=True):
             tied = {alias: name for alias, name in (aliases or {}).items() if name in names}
-            with open(draft / file, "xb") as out:
-                out.write(_header({name: streams[name] for name in names}, tied))
-                for name in names:
-                    for chunk in streams[name].chunks():
-                        out.write(chunk)
-                        progress(len(chunk))
+            write_safetensors(draft / file, {name: streams[name] for name in names}, tied, progress)
             weight_map |= dict.fromkeys(names, file)
         total = sum(stream.nbytes for stream in streams.values())
         _write_json(
@@ -54,6 +49,26 @@ def export_huggingface(
         if isinstance(config, dict):
             _write_json(draft / "config.json", config)
     return files
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    streams: Mapping[str, Stream],
+    metadata: Mapping[str, str],
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Write one new safetensors file. Tensors of larger elements have to come first, or readers find them unaligned."""
+    with open(path, "xb") as out:
+        out.write(_header(streams, metadata))
+        for stream in streams.values():
+            for chunk in stream.chunks():
+                out.write(chunk)
+                progress(len(chunk))
+
+
+def by_element_size(streams: Mapping[str, Stream]) -> dict[str, Stream]:
+    """Return the streams in the order that ``write_safetensors`` wants."""
+    return dict(sorted(streams.items(), key=lambda item: -itemsize(item[1].dtype)))
 
 
 def _split(streams: Mapping[str, Stream], most: int) -> list[list[str]]:
@@ -66,7 +81,7 @@ def _split(streams: Mapping[str, Stream], most: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += stream.nbytes
     for names in shards:
-        names.sort(key=lambda name: -itemsize(streams[name].dtype))  # aligned without holes
+        names[:] = by_element_size({name: streams[name] for name in names})
     return shards
 
 

@@ -107,6 +107,32 @@ def stream_fingerprint(stream: Stream, progress: Progress = lambda nbytes: None)
     return fingerprint(stream.dtype, stream.shape, blocks)
 
 
+class Recorder:
+    """Streams that remember the digests of what was read through them."""
+
+    def __init__(self, tensors: Mapping[str, Stream]) -> None:
+        self._blocks: dict[int, list[str]] = {}
+        self.streams = {name: self._recorded(stream) for name, stream in tensors.items()}
+
+    def _recorded(self, stream: Stream) -> Stream:
+        count = digests.block_count(stream.nbytes, digests.BLOCK)
+        blocks = [""] * count
+
+        def read(start: int, stop: int) -> Buffer:
+            data = stream.read(start, stop)
+            found = digests.block_digests(memoryview(data).cast("B"), digests.BLOCK)
+            blocks[start // digests.BLOCK : start // digests.BLOCK + len(found)] = found
+            return data
+
+        recorded = Stream(stream.dtype, stream.shape, read)
+        self._blocks[id(recorded)] = blocks
+        return recorded
+
+    def fingerprint(self, stream: Stream) -> str:
+        """Return the fingerprint of one of ``streams``, once all of it was read."""
+        return fingerprint(stream.dtype, stream.shape, self._blocks[id(stream)])
+
+
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``target`` if the block ends well, and is removed if not.
@@ -116,18 +142,54 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(target)
     if os.path.lexists(final) and not (final.is_dir() and not final.is_symlink() and not any(final.iterdir())):
         raise ConfigError(f"{final}: is there already; name a new folder, nothing is overwritten")
+    with draft_folder(final) as draft:
+        yield draft
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
+        os.rename(draft, final)  # replaces an empty folder, nothing else
+        _sync(final.parent)
+
+
+@contextlib.contextmanager
+def draft_folder(final: Path) -> Iterator[Path]:
+    """Yield a new temporary folder beside ``final``; what is still in it when the block ends is removed."""
     draft = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     draft.mkdir(parents=True)
     try:
         yield draft
-        for path in draft.iterdir():
+    finally:
+        if draft.exists():
+            discard(draft)
+
+
+def publish(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename drafts to their final names, in this order: all of them, or (after an error) none.
+
+    What stands at a final name is set aside until the last one is in place, then removed; after an error it is back.
+    """
+    done: list[tuple[Path, Path, Path | None]] = []
+    for draft, _ in moves:
+        for path in (*draft.iterdir(), draft) if draft.is_dir() else (draft,):
             _sync(path)
-        _sync(draft)
-        os.rename(draft, final)  # replaces an empty folder, nothing else
-        _sync(final.parent)
+    try:
+        for draft, final in moves:
+            aside = None
+            if os.path.lexists(final):
+                aside = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.old")
+                os.rename(final, aside)
+            done.append((draft, final, aside))
+            os.rename(draft, final)
     except BaseException:
-        discard(draft)
+        for draft, final, aside in reversed(done):
+            if os.path.lexists(final):
+                os.rename(final, draft)
+            if aside is not None:
+                os.rename(aside, final)
         raise
+    _sync(moves[-1][1].parent)
+    for _, _, aside in done:
+        if aside is not None:
+            discard(aside)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,9 +15,8 @@ from distckpt.engines.torch import split_state_names
 from distckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, IncompatibleState
 from distckpt.export.dcp_folder import export_dcp_folder
 from distckpt.export.huggingface import MAX_SHARD, export_huggingface
-from distckpt.export.stream import Buffer, Progress, Stream, discard, fingerprint, stream_fingerprint
+from distckpt.export.stream import Progress, Recorder, Stream, discard, stream_fingerprint
 from distckpt.export.torch_file import export_torch_file
-from distckpt.format import digest as digests
 from distckpt.format.catalog import parse_location
 from distckpt.format.lineage import list_committed
 from distckpt.format.typed_json import Ref
@@ -136,11 +135,11 @@ def convert(
             source, dst, step=None if several else step, shard_bytes=size, threads=threads, progress=progress
         )
         return _report(source, to, written.path, written.step, source.tensors)
-    seen = _Recorder(source.tensors)
+    seen = Recorder(source.tensors)
     if to == "dcp":
         for name, value in source.objects.items():
             _plain(name, value)
-        streams = export_dcp_folder(seen.offer(source), dst, progress)
+        streams = export_dcp_folder(replace(source.offer(), tensors=seen.streams), dst, progress)
     elif to == "torch":
         tree, streams = _torch_tree(source, seen.streams, prefix, keep)
         export_torch_file(tree, streams, dst, progress)
@@ -165,36 +164,6 @@ def convert(
 
 
 _WITH_STEPS: Final = ("distckpt", "deepspeed", "universal")
-
-
-class _Recorder:
-    """Streams that remember the digests of what was read through them."""
-
-    def __init__(self, tensors: Mapping[str, Stream]) -> None:
-        self._blocks: dict[int, list[str]] = {}
-        self.streams = {name: self._recorded(stream) for name, stream in tensors.items()}
-
-    def _recorded(self, stream: Stream) -> Stream:
-        count = digests.block_count(stream.nbytes, digests.BLOCK)
-        blocks = [""] * count
-
-        def read(start: int, stop: int) -> Buffer:
-            data = stream.read(start, stop)
-            found = digests.block_digests(memoryview(data).cast("B"), digests.BLOCK)
-            blocks[start // digests.BLOCK : start // digests.BLOCK + len(found)] = found
-            return data
-
-        recorded = Stream(stream.dtype, stream.shape, read)
-        self._blocks[id(recorded)] = blocks
-        return recorded
-
-    def fingerprint(self, stream: Stream) -> str:
-        return fingerprint(stream.dtype, stream.shape, self._blocks[id(stream)])
-
-    def offer(self, source: Source) -> Any:
-        offer = source.offer()
-        offer.tensors = self.streams
-        return offer
 
 
 def _weights(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -53,15 +53,15 @@ def test_extras_are_installed_together_and_only_when_one_is_new(tmp_path: Path) 
     assert log.read_text().split() == [".[test,deepspeed,eval]", ".[test,report]", ".[test,report,eval]"]
 
 
-def test_the_constraints_pin_all_that_evaluation_needs() -> None:
-    pytest.importorskip("statsmodels")
+@pytest.mark.parametrize(("name_of_extra", "library"), [("eval", "statsmodels"), ("export", "onnxruntime")])
+def test_the_constraints_pin_all_that_an_extra_needs(name_of_extra: str, library: str) -> None:
+    pytest.importorskip(library)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines if "==" in line}
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for name in (re.split(r"[^\w-]", line)[0] for line in extra["eval"]):
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][name_of_extra]
+    for name in (re.split(r"[^\w-]", line)[0] for line in extra):
         needs = [re.split(r"[^\w.-]", line)[0] for line in metadata.requires(name) or () if "extra ==" not in line]
         assert {re.sub(r"[-_.]+", "-", need).lower() for need in (name, *needs)} <= pinned, name
-    assert {re.split(r"[^\w-]", line)[0] for line in extra["demo"]} <= pinned
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
@@ -287,6 +287,12 @@ def test_the_classifier_demo_stops_without_the_reviews(tmp_path: Path) -> None:
     with pytest.raises(reviews.NotTheData, match="another version of the data"):
         reviews.main(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_constraints_pin_what_the_classifier_demo_needs() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["demo"]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {re.split(r"[^\w-]", line)[0] for line in extra} <= pinned
 
 
 def test_the_classifier_demo_has_one_vocabulary() -> None:
