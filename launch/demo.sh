@@ -197,8 +197,8 @@ export_winner() {
     local name path prefix winner="next(r for r in c['rows'] if r['name'] == (c['recommended'] if r['models'] == 1 else c['single']))"
     name=$(fact "$winner['name']") path=$(fact "$winner['path']") prefix=$(fact "$winner['prefix']")
     title "export $name, and use it with plain transformers"
-    distckpt convert "$path" $RUN/model --to huggingface --prefix "$prefix"
-    cp $1/tokenizer/* $RUN/model/
+    distckpt export "$path" $RUN/model --to huggingface --prefix "$prefix" --tokenizer "$1/tokenizer" --data "$1/test.jsonl" \
+        --name "reviews, $name"
     "$PYTHON" launch/demo_classify.py $RUN/model $1/test.jsonl $RUN/comparison.json "$name"
 }
 

@@ -47,7 +47,7 @@ class Entrant:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table. ``intervals``: metric to interval, None where it has none.
+    """A line of the table. ``intervals``: of the rule's metrics and of proportions; None where there is none.
 
     ``against``: compared with the best single checkpoint on validation, which chose that one and so flatters it;
     ``against_test``: on the test set, which is fair to both. None for that checkpoint itself, and without such rows.
@@ -199,6 +199,13 @@ class _Compared:
         options = {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
         return bootstrap_interval(predictions, metric, costs=costs_of(evaluation), **options)  # type: ignore[arg-type]
 
+    def intervals(
+        self, evaluation: Evaluation, predictions: Predictions, metrics: Sequence[str]
+    ) -> dict[str, Interval | None]:
+        """Return the intervals of what the rule asks for, and of other metrics where they cost nothing."""
+        wanted = [m for m in metrics if m in self.rule.metrics or is_proportion(evaluation, m)]
+        return {metric: self.interval(evaluation, predictions, metric) for metric in wanted}
+
     def rows(self, shown: Sequence[Entrant], single: str, metrics: Sequence[str]) -> list[Row]:
         """Return the lines, each compared with the best single checkpoint on both sets of rows."""
         validation = self._against({one.name: (one.validation, one.predictions) for one in shown}, single)
@@ -207,8 +214,8 @@ class _Compared:
         test = self._against(tested, single) if single in tested else {}
         found = []
         for one in shown:
-            own = {m: self.interval(one.validation, one.predictions, m) for m in metrics}
-            other = {m: self.interval(*tested[one.name], m) for m in metrics} if one.name in tested else {}
+            own = self.intervals(one.validation, one.predictions, metrics)
+            other = self.intervals(*tested[one.name], metrics) if one.name in tested else {}
             found.append(Row(one.name, one.kind, one.how, one.models, one.validation, one.test, own, other,
                              validation.get(one.name), test.get(one.name)))  # fmt: skip
         return found
