@@ -180,7 +180,8 @@ def _child(work: _Work, fn: Callable[..., Any], args: tuple[Any, ...], write_end
     if work.timeout_s > 2:  # show where a hanging rank hangs
         faulthandler.dump_traceback_later(work.timeout_s - 1, file=sys.stderr)
     os.environ.update(work.env)
-    os.environ.update(RANK=str(work.rank), LOCAL_RANK=str(work.rank), WORLD_SIZE=str(work.world_size))
+    rank, world = str(work.rank), str(work.world_size)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     port = work.listener.getsockname()[1]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:

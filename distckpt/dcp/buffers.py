@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections import deque
 
 import numpy as np
 import torch
 
-from distckpt.storage.direct import anonymous
+from distckpt.storage.direct import address, anonymous, prefault
 
 _LARGE = 4 << 20
 _SMALL = 32 << 10
@@ -29,10 +31,40 @@ def move(target: int, source: int, nbytes: int) -> None:
 def zeros_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return zeros of a contiguous tensor's shape on its device.
 
-    Large ones on the CPU are zero pages that nothing has touched yet: what fills them, on several threads, pays the page
-    faults, and there is no pass for the zeros.
+    Large ones on the CPU are zero pages that nothing has touched yet, so there is no pass for the zeros. Their page faults
+    are taken on a thread of their own from now on, while ranks agree and storage is waited for.
     """
     nbytes = tensor.numel() * dtype.itemsize
     if tensor.device.type != "cpu" or nbytes < _LARGE:
         return torch.zeros_like(tensor, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
-    return torch.frombuffer(anonymous(nbytes), dtype=dtype).reshape(tensor.shape)
+    memory = anonymous(nbytes)
+    _FAULTS.add(memory)
+    return torch.frombuffer(memory, dtype=dtype).reshape(tensor.shape)
+
+
+class _Faults:
+    """Takes the page faults of memory that will be filled soon, on one thread that ends when nothing is left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left: deque[memoryview] = deque()
+        self._thread: threading.Thread | None = None
+
+    def add(self, memory: memoryview) -> None:
+        with self._lock:
+            self._left.append(memory)
+            if self._thread is None or not self._thread.is_alive():  # also in a forked child
+                self._thread = threading.Thread(target=self._run, name="distckpt-faults", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._left:
+                    self._thread = None
+                    return
+                memory = self._left.popleft()
+            prefault(address(memory), len(memory))
+
+
+_FAULTS = _Faults()

@@ -1,7 +1,8 @@
-"""Running I/O requests on a few threads: the first error ends the rest."""
+"""Running I/O requests on a few threads, and how many of them this machine is good for: the first error ends the rest."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -27,3 +28,14 @@ def run_all(work: Callable[[T], object], requests: Sequence[T], threads: int, na
         finally:
             for future in futures:
                 future.cancel()
+
+
+def local_ranks() -> int:
+    """Return how many ranks this machine runs, as torchrun and DeepSpeed's launcher tell; 1 where nobody does."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return int(told) if told.isdecimal() and int(told) else 1
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

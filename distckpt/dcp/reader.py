@@ -22,7 +22,7 @@ from distckpt.boxes import flat_range_to_boxes
 from distckpt.dcp import share
 from distckpt.dcp.buffers import move
 from distckpt.dcp.leaves import torch_dtype
-from distckpt.dcp.parallel import run_all
+from distckpt.dcp.parallel import local_ranks, processors, run_all
 from distckpt.dcp.read_plan import Request, Run, Use, Want, plan_requests
 from distckpt.errors import ShardError, StoreError
 from distckpt.format import digest as digests
@@ -38,7 +38,8 @@ Progress = Callable[[int], None] | None
 READ_THREADS = 6
 """Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start.
 
-Where requests wait for a far service and not for a device, as many as the caller allows."""
+Fewer where ranks share few processors: two for each processor of a rank, but two in any case. Where requests wait for a
+far service and not for a device, as many as the caller allows."""
 MAX_OPEN = 64
 """Files kept open during one read; further ones are opened for each request."""
 
@@ -131,7 +132,9 @@ class CheckpointReader:
         self.read_requests(rest, threads=threads, progress=progress)
 
     def _depth(self, threads: int) -> int:
-        return threads if self.store.capabilities.latency else min(threads, READ_THREADS)
+        if self.store.capabilities.latency:
+            return threads
+        return min(threads, READ_THREADS, max(2, 2 * processors() // local_ranks()))
 
     def _run(self, file: Reader, request: Request, compare: bool) -> None:
         nbytes = request.stop - request.start

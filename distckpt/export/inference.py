@@ -22,7 +22,8 @@ from distckpt.export.artefact import GRAPHS, Target, target_of
 from distckpt.export.card import card_text, checklist
 from distckpt.export.huggingface import MAX_SHARD
 from distckpt.export.outcome import FORMAT, Check, ExportReport, Sizes, failed, plain
-from distckpt.export.proof import Plan, Proof, prove
+from distckpt.export.plan import Plan, Proof
+from distckpt.export.proof import prove
 from distckpt.export.stream import Progress, draft_folder, publish
 from distckpt.export.weights import Weights, choose_weights, ema_prefix
 from distckpt.format.digest import digest
@@ -31,7 +32,7 @@ from distckpt.importers.source import Options, Source
 from distckpt.selection.data import evaluation_data, import_object
 from distckpt.selection.evaluators import evaluator_of
 
-_HASHED: Final = 8 << 20
+_HASHED: Final = 1 << 20
 
 
 def export_inference_checkpoint(
@@ -84,7 +85,8 @@ def export_inference_checkpoint(
     ``tolerance``, ``agreement``, ``metric_tolerance``: see ``checks.Limits``. ``external_data``: ONNX weights beside
     the file (default: from 1 GiB on). ``replace_existing``: an earlier export is replaced, after the new one has passed.
 
-    Weights-only formats are streamed (memory: a few chunks), unless a model is there to be compared with.
+    ``safetensors`` and ``torch`` are streamed (memory: a few chunks) where neither ``model`` nor ``data`` is given; all else
+    holds the trained and the exported model.
     Raises ``ExportRefused`` with every answer if a check fails, and then leaves nothing behind; ``ConfigError`` for
     wrong use; what opening the checkpoint raises; ``IncompatibleState`` where the model does not fit.
     """

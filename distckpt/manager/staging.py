@@ -6,11 +6,11 @@ live tensors (pytorch issue 144657). Device tensors are copied on a side stream 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 
 import torch
 
+from distckpt.dcp.parallel import local_ranks, processors
 from distckpt.dcp.writer import Staged
 from distckpt.format.shard import Piece, place_pieces
 from distckpt.manager.state_copy import CHUNK, StateCopy, Streams, Task, Watch
@@ -107,9 +107,7 @@ class StagingArena:
 
 def copy_threads() -> int:
     """Return how many threads of this rank copy at once while training waits: its share of the CPUs, at most four."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cpus // max(1, int(ranks) if ranks.isdigit() else 1)
+    share = processors() // local_ranks()
     return max(1, min(MOST_THREADS, share))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 
-from distckpt.storage.direct import DIRECT_READ, read_direct, read_resident
+from distckpt.storage.direct import DIRECT_READ, Residency, read_direct, read_resident
 from distckpt.storage.paths import check_range, flat_bytes, mapped
 from distckpt.storage.posix_files import read_all
 from distckpt.storage.posix_folders import Count, close_all
@@ -23,6 +24,8 @@ class PosixReader:
         self._path, self._size, self._count, self._again = path, size, count, again
         self._fd = os.dup(fd)
         self._direct = -1
+        self._residency: Residency | None = None
+        self._lock = threading.Lock()
         with contextlib.suppress(OSError):  # refused: tmpfs, some FUSE
             self._direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
@@ -46,18 +49,32 @@ class PosixReader:
         nbytes = sum(map(len, destinations))
         with mapped("read", self._path, reading=True):
             check_range(self._path, offset, nbytes, self._size)
-            if not read_resident(self._fd, destinations, offset):
+            if not self._resident(destinations, offset):
                 return False
         self._count("bytes_read", nbytes)
         return True
 
     def _quick(self, view: memoryview, offset: int) -> int:
         """Fill the front of a view, from memory or past the page cache; 0 bytes where neither works."""
-        if read_resident(self._fd, [view], offset):
+        if self._resident([view], offset):
             return len(view)
         return read_direct(self._direct, view, offset) if self._direct >= 0 else 0
+
+    def _resident(self, views: Sequence[memoryview], offset: int) -> bool:
+        """Fill the views if the page cache has all of it. One wrong answer about that and it is not asked again."""
+        with self._lock:
+            if self._residency is None:
+                self._residency = Residency(self._fd, self._size)
+        if not self._residency.holds(offset, sum(map(len, views))):
+            return False
+        if read_resident(self._fd, views, offset):
+            return True
+        self._residency.distrust()
+        return False
 
     def close(self) -> None:
         """See ``Reader.close``."""
         descriptors, self._fd, self._direct = [self._fd, self._direct], -1, -1
+        if self._residency is not None:
+            self._residency.close()
         close_all([fd for fd in descriptors if fd >= 0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from distckpt.storage import direct
+from distckpt.storage.base import open_reader
 from distckpt.storage.posix import PosixStore
 
 MIB = 1 << 20
@@ -94,3 +97,54 @@ def test_buffers_are_used_again() -> None:
             assert direct.address(first) != direct.address(second)
             assert direct.address(first) % direct.ALIGNMENT == 0
     assert pool.allocations == 2
+
+
+def test_a_cold_read_leaves_the_page_cache_cold(tmp_path: Path) -> None:
+    """An attempt to read what is not in memory would start a readahead of megabytes beside the direct read."""
+    (tmp_path / "file").write_bytes(random.Random(1).randbytes(12 * MIB))
+    evict(tmp_path / "file")
+    store = PosixStore(tmp_path)
+    with contextlib.closing(open_reader(store, "file")) as reader, open(tmp_path / "file", "rb") as file:
+        cached = direct.Residency(file.fileno(), 12 * MIB)
+        if cached.holds(0, 4096):
+            pytest.skip("this file system keeps no file out of memory")
+        target = bytearray(4 * MIB)
+        assert not reader.read_cached(MIB, [memoryview(target)])
+        reader.read_into(MIB, memoryview(target))
+        assert not any(cached.holds(page, 4096) for page in range(0, 12 * MIB, 4096))
+        file.seek(2 * MIB)
+        assert file.read(2 * MIB) == target[MIB : 3 * MIB]
+        assert cached.holds(2 * MIB + 5, 2 * MIB - 9)
+        assert reader.read_cached(2 * MIB, [memoryview(target)[: 2 * MIB]])
+        cached.distrust()
+        assert not cached.holds(2 * MIB, 4096)
+        cached.close()
+
+
+def test_residency_of_odd_ranges(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 10_000)
+    (tmp_path / "empty").touch()
+    with open(tmp_path / "file", "rb") as file, open(tmp_path / "empty", "rb") as empty:
+        cached, nothing = direct.Residency(file.fileno(), 10_000), direct.Residency(empty.fileno(), 0)
+        assert cached.holds(0, 10_000)
+        assert cached.holds(9_999, 1)
+        assert not any(cached.holds(*odd) for odd in [(0, 0), (-1, 5), (9_999, 2), (10_000, 1)])
+        assert not nothing.holds(0, 1)
+        cached.close()
+        nothing.close()
+        assert not cached.holds(0, 1)
+
+
+def test_faults_are_taken_before_the_first_touch() -> None:
+    nbytes = 6 * MIB + 8192
+    memory, other = direct.anonymous(nbytes), direct.anonymous(nbytes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    direct.prefault(direct.address(memory), nbytes)
+    if resource.getrusage(resource.RUSAGE_SELF).ru_minflt == before:
+        pytest.skip("this kernel does not populate memory on request")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory[::4096] = b"x" * len(memory[::4096])
+    filled = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    other[::4096] = b"x" * len(other[::4096])
+    assert filled - before < resource.getrusage(resource.RUSAGE_SELF).ru_minflt - filled
+    assert bytes(memory[1:4096]) == bytes(4095)
