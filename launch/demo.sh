@@ -182,11 +182,11 @@ classifier_demo() {
 
     title "is anything better than that checkpoint? Averages, EMA, soup, ensembles; then a test set without a say"
     shared compare $RUN/run "${rows[@]}" --test $data/test.jsonl --by "$rule" --out $RUN/averages --save $RUN/comparison.json \
-        --metric accuracy --metric f1_negative --metric loss
+        --metric accuracy --metric f1_negative --metric loss --resamples 400
 
     title "the same question, each candidate at its own threshold (best F1 on validation)"
     shared compare $RUN/run "${rows[@]}" --test $data/test.jsonl --by 'max f1_negative, then earliest' --out $RUN/averages \
-        --threshold negative=f1 --metric recall_negative --metric accuracy --save $RUN/thresholds.json
+        --threshold negative=f1 --no-soup --resamples 400 --metric recall_negative --metric accuracy --save $RUN/thresholds.json
 
     export_winner $data
     write_report "$rule"
