@@ -18,6 +18,7 @@ _HOMES = {
     "ResumableSampler": "distckpt.engines.sampler",
     "average_checkpoints": "distckpt.averaging.average",
     "average_across_ranks": "distckpt.averaging.across",
+    "compare_candidates": "distckpt.averaging.contenders",
     "evaluate_checkpoints": "distckpt.selection.evaluate",
     "export_inference_checkpoint": "distckpt.export.inference",
     "select_top_k_by_metric": "distckpt.selection.select",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from distckpt.analysis.report import write_report as write_report
     from distckpt.averaging.across import average_across_ranks as average_across_ranks
     from distckpt.averaging.average import average_checkpoints as average_checkpoints
+    from distckpt.averaging.contenders import compare_candidates as compare_candidates
     from distckpt.averaging.ema import EMAModel as EMAModel
     from distckpt.config import CheckpointConfig as CheckpointConfig
     from distckpt.engines.sampler import ResumableSampler as ResumableSampler

@@ -10,7 +10,7 @@ import typer
 
 from distckpt import __version__
 
-_NAMES = "ls show verify diff average evaluate select export convert gc report watch bench doctor pin"
+_NAMES = "ls show verify diff average evaluate select compare export convert gc report watch bench doctor pin"
 
 COMMANDS = {name: f"distckpt.cli.{name}" for name in _NAMES.split()}
 COMMANDS["unpin"] = "distckpt.cli.pin"

@@ -18,31 +18,15 @@ _SHOWN = 8
 def evaluate(
     paths: options.Paths,
     data: Annotated[str, typer.Option("--data", metavar="FILE|pkg.mod:fn", help=".jsonl, .csv, .tsv, or a function.")],
-    evaluator: Annotated[
-        str,
-        typer.Option(
-            "--evaluator",
-            metavar="NAME|pkg.mod:fn",
-            help="fn(model, rows), or sequence-classification, language-model, translation.",
-        ),
-    ] = "sequence-classification",
+    evaluator: options.EvaluatorName = "sequence-classification",
     data_name: Annotated[
         str | None, typer.Option("--data-name", metavar="NAME", show_default=False, help="Such as validation.")
     ] = None,
     step: options.Steps = None,
-    build: Annotated[
-        str | None,
-        typer.Option("--build", metavar="pkg.mod:fn", show_default=False, help="fn(state_dict, config) -> model."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="DIR", show_default=False, help="Hugging Face tokenizer.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", metavar="DIR", show_default=False, help="Folder with config.json.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, show_default=False, help="Tokens of a row.")
-    ] = None,
+    build: options.Build = None,
+    tokenizer: options.Tokenizer = None,
+    config: options.ModelConfig = None,
+    max_length: options.MaxLength = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", metavar="[NAME=]pkg.mod:fn", show_default=False, help="A metric of your own."),
@@ -67,7 +51,7 @@ def evaluate(
     with torchrun_ranks() as leader:
         found = evaluate_checkpoints(
             paths,
-            _evaluator(evaluator, options_of_model),
+            named_evaluator(evaluator, options_of_model),
             data,
             data_name=data_name,
             steps=step,
@@ -88,7 +72,8 @@ def evaluate(
             print_evaluations(found)
 
 
-def _evaluator(name: str, options_of_model: dict[str, Any]) -> Any:
+def named_evaluator(name: str, options_of_model: dict[str, Any]) -> Any:
+    """Return a built-in evaluator by its name, with its options; else what was typed. Raises ``ConfigError``."""
     from distckpt.selection.huggingface import BUILT_IN
 
     if name in BUILT_IN:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
@@ -38,15 +37,7 @@ def select(
     ] = None,
     top: int = typer.Option(1, "--top", min=1, metavar="K", help="The best K."),
     pareto: bool = typer.Option(False, "--pareto", help="All that no other beats in every max and min of the rule."),
-    threshold: Annotated[
-        str | None,
-        typer.Option(
-            "--threshold",
-            metavar="CLASS=0.3|f1",
-            show_default=False,
-            help="A fixed one, or the best of an aim for each, as in 'negative=precision recall>=0.9'.",
-        ),
-    ] = None,
+    threshold: options.ThresholdText = None,
     cost: options.CostOptions = None,
     bootstrap: int = typer.Option(
         0, "--bootstrap", min=0, metavar="N", help="Choose again on N resamples of the rows."
@@ -76,7 +67,7 @@ def select(
         evaluator=evaluator,
         k=top,
         costs=costs,
-        threshold=_threshold(threshold),
+        threshold=options.parse_threshold(threshold),
         confidence=confidence,
     )
     more = _more(choice, paths, test, evaluator, costs, bootstrap, confidence)
@@ -94,21 +85,6 @@ def select(
         _print_more(more)
     if choice.winner is None:
         raise typer.Exit(1)
-
-
-def _threshold(text: str | None) -> Any:
-    from distckpt.selection.evaluation import Threshold
-    from distckpt.selection.thresholds import ThresholdRule
-
-    if text is None:
-        return None
-    name, equals, rest = text.partition("=")
-    if re.fullmatch(r"\d*\.?\d+", rest.strip()):
-        return Threshold(name.strip(), float(rest))
-    found = re.fullmatch(r"(\w+)(?:\s+(precision|recall)\s*>=\s*(\d*\.?\d+))?", rest.strip())
-    if not equals or found is None:
-        raise ConfigError(f"--threshold {text!r}: want CLASS=0.3, CLASS=f1, or 'CLASS=precision recall>=0.9'")
-    return ThresholdRule(name.strip(), found[1], None if found[2] is None else (found[2], float(found[3])))
 
 
 def _more(

@@ -108,6 +108,34 @@ def ensemble_evaluations(
     return evaluation, made
 
 
+def pool_weights(members: Sequence[Predictions], *, rounds: int = 1000, tolerance: float = 1e-9) -> list[float]:
+    """Return the weights (sum 1) with which the members' mean probability has the least loss on these rows.
+
+    The loss is convex in them; expectation maximisation for a mixture of fixed components (Dempster et al. 1977, 4.3)
+    never increases it. They are chosen on these rows, so they are judged on others. Raises as ``ensemble_predictions``.
+    """
+    for other in members[1:]:
+        check_paired(members[0], other)
+    right = np.stack([np.exp(-_target_losses(member, members[0])) for member in members])
+    right = np.maximum(right, np.finfo(np.float64).tiny)
+    shares = normalised(None, len(members))
+    for _ in range(rounds):
+        before, shares = shares, shares * (right / (shares @ right)).mean(axis=1)
+        if np.abs(shares - before).max() < tolerance:
+            break
+    return [float(one) for one in shares / shares.sum()]
+
+
+def _target_losses(member: Predictions, first: Predictions) -> Array:
+    """Return minus ln p of each row's class, or of each target token."""
+    if first.token_logprobs is not None:
+        return -_tokens(member, first).astype(np.float64)
+    losses = member.row_losses() if member.scores() is not None else None
+    if losses is None:
+        raise ConfigError("weights of an ensemble need labels, and probabilities or logits of every member")
+    return losses
+
+
 def normalised(weights: Sequence[float] | None, count: int) -> Any:
     """Return the weights with sum 1 (float64), equal ones for None; ``ConfigError`` for negative or unfit ones."""
     found = np.ones(count) if weights is None else np.asarray(weights, np.float64)

@@ -61,20 +61,48 @@ def evaluate_checkpoints(
     Raises ``CheckpointNotFound``, ``ConfigError``, ``IncompatibleState`` (rows missing), ``CorruptCheckpoint``; with
     several ranks ``AgreementError``, the same on each.
     """
+    return evaluate_subjects(
+        lambda: find_subjects(checkpoints, steps=steps, prefix=prefix, results=results),
+        evaluator_of(evaluator, build=build, version=version),
+        evaluation_data(data, data_name),
+        metrics=metrics,
+        costs=costs,
+        batch_size=batch_size,
+        share=share,
+        reuse=reuse,
+        timeout_s=timeout_s,
+        progress=progress,
+    )
+
+
+def evaluate_subjects(
+    find: Callable[[], list[Subject]],
+    evaluator: Evaluator,
+    data: EvaluationData,
+    *,
+    metrics: Mapping[str, Custom | str] | None = None,
+    costs: Costs | None = None,
+    batch_size: int = 32,
+    share: Share = "auto",
+    reuse: bool = True,
+    timeout_s: float = 3600.0,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Evaluate what ``find`` returns on this rank; all ranks must find the same. See ``evaluate_checkpoints``."""
     if share not in ("auto", "data", "checkpoint") or batch_size < 1:
         raise ConfigError(f"share={share!r}, batch_size={batch_size}: want auto, data or checkpoint; and at least 1")
     ranks = Ranks(timeout_s)
     try:
         return _Job(
             ranks,
-            evaluator_of(evaluator, build=build, version=version),
-            evaluation_data(data, data_name),
+            evaluator,
+            data,
             {name: import_object(one) if isinstance(one, str) else one for name, one in (metrics or {}).items()},
             dict(costs or {}),
             batch_size,
             reuse,
             progress,
-        ).run(lambda: find_subjects(checkpoints, steps=steps, prefix=prefix, results=results), share)
+        ).run(find, share)
     finally:
         ranks.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -222,8 +222,25 @@ def merge(parts: Sequence[Predictions], rows: int) -> tuple[Predictions, int]:
 
 
 def concatenated(a: Predictions, b: Predictions) -> Predictions:
-    """Return the rows of a, then those of b, with new ids; both must have the same fields."""
+    """Return the rows of a, then those of b, with new ids.
+
+    Where they kept different things (one its logits, the other an ensemble's probabilities), both have what follows from
+    either: chosen classes, probabilities, losses.
+    """
+    if _kept(a) != _kept(b):
+        a, b = _derived(a), _derived(b)
+        apart = dict.fromkeys(_kept(a) ^ _kept(b))
+        a, b = replace(a, **apart), replace(b, **apart)  # type: ignore[arg-type]
     return _concatenate([a, b], renumber=True)
+
+
+def _kept(one: Predictions) -> set[str]:
+    return {f.name for f in fields(one) if getattr(one, f.name) is not None} - {"classes"}
+
+
+def _derived(one: Predictions) -> Predictions:
+    losses = None if one.token_logprobs is not None else one.row_losses()
+    return replace(one, predicted=one.chosen(), probabilities=one.scores(), logits=None, losses=losses)
 
 
 def _concatenate(parts: Sequence[Predictions], *, renumber: bool = False) -> Predictions:

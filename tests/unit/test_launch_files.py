@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -248,3 +250,94 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# ---------------------------------------------------------------- the classifier's demonstration
+
+
+def launch_module(name: str) -> Any:
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(LAUNCH))
+
+
+def test_the_classifier_demo_stops_without_the_reviews(tmp_path: Path) -> None:
+    """A checkout whose pip can install nothing, and a folder with other data than is known."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "launch/venv.sh", "launch/demo.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python3 = tmp_path / ".venv" / "bin" / "python"
+    python3.write_text('#!/bin/bash\n[[ "$*" != *--target* ]]\n')
+    python3.chmod(0o755)
+    command = ["bash", str(tmp_path / "launch" / "demo.sh"), "classifier"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout
+    assert "nothing is made up" in done.stderr
+    assert "train a small BERT" not in done.stdout
+
+    reviews = pytest.importorskip("pandas") and launch_module("demo_reviews")
+    with pytest.raises(reviews.NotTheData, match="is not there"):
+        reviews.main(tmp_path, tmp_path / "out")
+    other = tmp_path / reviews.FILE
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"made up")
+    with pytest.raises(reviews.NotTheData, match="another version of the data"):
+        reviews.main(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_constraints_pin_what_the_classifier_demo_needs() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["demo"]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {re.split(r"[^\w-]", line)[0] for line in extra} <= pinned
+
+
+def test_the_classifier_demo_has_one_vocabulary() -> None:
+    pytest.importorskip("pandas")
+    vocabulary = launch_module("demo_reviews").vocabulary
+    texts = ["The dress, the DRESS!", "a dress fits", "fits a b"]
+    found = vocabulary(texts)
+    assert found[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert found.index("dress") < found.index("fits") < found.index("the")  # three times; twice each, by name
+    assert {"z", "##z"}.isdisjoint(found)
+    assert {"t", "##t"} <= set(found)
+    assert len(set(found)) == len(found)
+    assert vocabulary(reversed(texts)) == found
+
+
+def test_the_classifier_demo_finds_an_export_that_is_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from evaluation_support import WORDS, tiny_bert, tiny_tokenizer
+
+    model = tiny_bert(1)
+    model.config.id2label, model.config.label2id = {0: "other", 1: "negative"}, {"other": 0, "negative": 1}
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    demo, rows = launch_module("demo_classify"), tmp_path / "test.jsonl"
+    texts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:12]]
+    rows.write_text("".join(json.dumps({"text": text, "label": "negative"}) + "\n" for text in texts))
+    hits = demo.classify(tmp_path / "model", texts).count("negative")
+    for told, code in (([hits, len(texts)], 0), ([hits + 1, len(texts)], 1)):
+        table = {"rows": [{"name": "step 3", "test": {"counts": {"recall_negative": told}}}]}
+        (tmp_path / "comparison.json").write_text(json.dumps(table))
+        assert demo.main(tmp_path / "model", rows, tmp_path / "comparison.json", "step 3") == code
+    assert capsys.readouterr().out.count("FAILED") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_classifier_demo() -> None:
+    """Under four minutes on two idle cores; installs what is missing."""
+    done = subprocess.run(["bash", str(LAUNCH / "demo.sh"), "classifier"], capture_output=True, text=True, timeout=850)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run = ROOT / "runs" / "demo-classifier"
+    table = json.loads((run / "comparison.json").read_text())
+    assert {row["kind"] for row in table["rows"]} >= {"single", "average", "ema", "ensemble"}
+    assert table["words"][0] in done.stdout
+    assert (run / "report.html").stat().st_size > 10_000
+    assert (run / "model" / "config.json").exists()
