@@ -138,6 +138,7 @@ def _far(found: Measured, config: CheckpointConfig, objects: ObjectStoreConfig) 
     chosen = min((p for p in write if p.rate >= NEARLY * best), key=lambda p: (p.threads * p.request, p.request))
     held = chosen.threads * chosen.request
     part, moved = max(5, chosen.request // MIB), _moved(found, WRITE)
+    moved = moved or max(p.threads for p in write) < objects.in_flight  # for lack of bytes
     a_rank = chosen.rate / found.world_size
     deadline = max(objects.deadline_s, _round_up(4 * 3 * held / a_rank, 10))
     return [
@@ -214,7 +215,7 @@ def notes(found: Measured) -> list[str]:
                 )
     deepest = max((p.threads for p in found.curve if p.request >= REQUEST), default=0)
     if found.curve and deepest < CheckpointConfig(".").threads:
-        said.append(f"over {deepest} threads nothing was measured, for lack of bytes: choose a larger --mbytes")
+        said.append(f"no more than {deepest} in flight were measured, for lack of bytes: choose a larger --mbytes")
     void = [f"{f.part} ({f.setting})" for f in found.figures if f.only_void]
     if void:
         said.append(f"void, the storage's own speed moved by more than a fifth meanwhile: {', '.join(void)}")

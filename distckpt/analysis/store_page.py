@@ -120,7 +120,7 @@ def _target(name: str, target: TargetReport) -> Iterable[str]:
     if target.advice:
         rows = [
             [f"<code>{escape(a.setting)}</code>", _value(a.value), _value(a.default),
-             escape(a.why) + (' <span class="void">uncertain: the storage moved</span>' if a.uncertain else "")]
+             escape(a.why) + (' <span class="void">uncertain</span>' if a.uncertain else "")]
             for a in target.advice
         ]  # fmt: skip
         yield _table(["setting", "value", "now", "because"], rows, numbers=False)

@@ -58,7 +58,10 @@ def bench(
         with launched_ranks() as leads, byte_progress("measuring", enabled=leads and not json) as progress:
             report = bench_stores(urls, chosen, progress=progress)
     except Stopped as stopped:
-        print(f"distckpt: {stopped}: stopped; what was written is removed, unless a line above says otherwise", file=sys.stderr)
+        print(
+            f"distckpt: {stopped}: stopped; what was written is removed, unless a line above says otherwise",
+            file=sys.stderr,
+        )
         raise typer.Exit(128 + stopped.signum) from None
     if leads:
         if html is not None:
@@ -207,7 +210,7 @@ def _advise(target: TargetReport) -> None:
             a.setting,
             _value(a.value),
             _value(a.default),
-            a.why + (" (uncertain: the storage moved)" if a.uncertain else ""),
+            a.why + (" (uncertain)" if a.uncertain else ""),
         ]
         for a in target.advice
     ]

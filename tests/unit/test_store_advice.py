@@ -131,6 +131,8 @@ def test_void_figures_recommend_nothing() -> None:
     assert [one.uncertain for one in found] == [True, True]
     shallow = recommend(near({1: 100.0, 2: 300.0}), CONFIG)  # the bytes were too few for the depth that is set
     assert not any(one.changes for one in shallow)
+    assert not any(one.changes for one in recommend(far(curve(WRITE, {1: 9.0, 4: 10.0}, 5), {1: 9.0, 4: 10.0}), CONFIG))
+    assert "no more than 2 in flight" in " ".join(advise.notes(near({1: 100.0, 2: 300.0}, {1: 1.0})))
 
 
 def test_what_was_tried_and_was_slower_is_taken_back() -> None:
