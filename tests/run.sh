@@ -14,5 +14,6 @@ echo "== ruff"
 echo "== mypy"
 "$PYTHON" -m mypy
 echo "== pytest"
-# Two at a time: most tests wait for processes, disks and deadlines. A file's tests stay together.
-exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile --durations=10 "$@" # last, so that its summary closes the output
+# Two at a time: most tests wait for processes, disks and deadlines. A file's tests stay together, and files in order: those
+# that fork ranks come before those that fill the process with libraries, which every fork would pay for.
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" # last, so that its summary closes the output
