@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, tests. Arguments go to pytest, paths from the top of the checkout:
 #   bash tests/run.sh tests/unit -k sampler
+#   bash tests/run.sh -m slow        # the long ones, left out otherwise
 set -euo pipefail
 EXTRAS=deepspeed,eval,export,plots
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"

@@ -103,7 +103,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return roots
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if LAYOUTS[n][1] == 3 else n for n in LAYOUTS]
+)  # every save is loaded in any case; three ranks as loaders, between two and four, in the long run
 def test_every_layout_loads_every_save(name: str, saved: dict[str, Path]) -> None:
     kind, world = LAYOUTS[name]
     for done in run_ranks(world, load_all, kind, world, saved):

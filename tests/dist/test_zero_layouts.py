@@ -96,7 +96,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     return root, run_ranks(2, train, root)[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if LAYOUTS[n][1] == 3 else n for n in LAYOUTS]
+)  # every save is loaded in any case; three ranks as loaders, between two and four, in the long run
 def test_every_layout_loads_every_save_and_trains_on(
     name: str, saved: dict[str, Path], trained: tuple[Path, list[float]]
 ) -> None:
