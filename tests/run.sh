@@ -15,6 +15,10 @@ echo "== ruff"
 echo "== mypy"
 "$PYTHON" -m mypy
 echo "== pytest"
-# Two at a time: most tests wait for processes, disks and deadlines. A file's tests stay together, and files in order: those
-# that fork ranks come before those that fill the process with libraries, which every fork would pay for.
-exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" # last, so that its summary closes the output
+if (( $# )); then
+    exec "$PYTHON" -m pytest --durations=10 "$@"
+fi
+# What waits for processes, disks and deadlines runs two at a time, a file's tests together; ranks need the cores to themselves.
+"$PYTHON" -m pytest --durations=10 --numprocesses 2 --dist loadfile --ignore tests/dist || failed=$?
+"$PYTHON" -m pytest --durations=10 tests/dist || failed=$?
+exit "${failed:-0}"
