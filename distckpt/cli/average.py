@@ -88,13 +88,13 @@ def average(
     Under torchrun (python -m distckpt.cli.main average ...) each rank writes its part; the result has the same bits.
     """
     from distckpt.averaging.average import Options, average_checkpoints
-    from distckpt.averaging.launched import launched_ranks
     from distckpt.averaging.posthoc import average_posthoc
     from distckpt.averaging.structure import Rules
+    from distckpt.selection.sharing import torchrun_ranks
 
     if evaluate is not None:
         sys.path.insert(0, os.getcwd())  # as python -m does; a console script does not
-    with launched_ranks() as leads, byte_progress("averaging", enabled=leads and not json) as progress:
+    with torchrun_ranks() as leads, byte_progress("averaging", enabled=leads and not json) as progress:
         if posthoc or sigma_rel is not None or at is not None:
             chosen = {"--weights": weights, "-k": k, "--metric": metric, "--mode": mode, "--every": every, "--window": window,
                       "--steps": steps, "--evaluate": evaluate, "--cache": cache}  # fmt: skip

@@ -47,7 +47,7 @@ def bench(
     """
     from distckpt.analysis.stops import Stopped
     from distckpt.analysis.store_bench import BenchOptions, bench_stores
-    from distckpt.averaging.launched import launched_ranks
+    from distckpt.selection.sharing import torchrun_ranks
 
     if html is not None and not html.absolute().parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
@@ -55,7 +55,7 @@ def bench(
         mbytes << 20, rounds, operations, state_nbytes=None if state_gb is None else int(state_gb * 1e9)
     )
     try:
-        with launched_ranks() as leads, byte_progress("measuring", enabled=leads and not json) as progress:
+        with torchrun_ranks() as leads, byte_progress("measuring", enabled=leads and not json) as progress:
             report = bench_stores(urls, chosen, progress=progress)
     except Stopped as stopped:
         print(

@@ -180,6 +180,14 @@ class Residency:
         start = self._start + first * mmap.PAGESIZE
         return _libc.mincore(start, pages * mmap.PAGESIZE, found) == 0 and all(map((1).__and__, found.raw))
 
+    def pages(self) -> int:
+        """Count the file's pages that are in memory, from its start to its end. Raises ``OSError`` if nobody can tell."""
+        count = -(-self._size // mmap.PAGESIZE)
+        found = ctypes.create_string_buffer(count)
+        if count and (self._start == _MAP_FAILED or _libc.mincore(self._start, self._size, found) != 0):
+            raise OSError("mincore(2) does not say what of the file is in the page cache")
+        return sum(map((1).__and__, found.raw))
+
     def distrust(self) -> None:
         """Answer no from now on: an answer was wrong."""
         self._trusted = False

@@ -7,7 +7,6 @@ is measured between two of them: where they differ, the machine has changed mean
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Final, TypeVar
 
 from distckpt import clock
 from distckpt.storage.base import Store, open_reader
-from distckpt.storage.direct import REQUEST, anonymous
+from distckpt.storage.direct import REQUEST, Residency, anonymous
 from distckpt.storage.objects import ObjectStore
 
 VOID: Final = 0.10
@@ -30,7 +29,6 @@ SMALL: Final = 4096
 
 _T = TypeVar("_T")
 _WARMING = bytearray(8 << 20)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -209,14 +207,6 @@ def warm_caches(paths: Iterable[Path]) -> int:
 
 
 def resident_pages(fd: int, size: int) -> int:
-    """Count the pages of an open file that are in the page cache, by mincore(2)."""
-    pages = -(-size // mmap.PAGESIZE)
-    with mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
-        vector = (ctypes.c_ubyte * pages)()
-        pin = ctypes.c_char.from_buffer(mapped)
-        try:
-            if _libc.mincore(ctypes.c_void_p(ctypes.addressof(pin)), ctypes.c_size_t(size), vector) != 0:
-                raise OSError(ctypes.get_errno(), "mincore")
-        finally:
-            del pin  # a mapping cannot be closed while something points into it
-        return sum(v & 1 for v in bytes(vector))
+    """Count the pages of an open file that are in the page cache. Raises ``OSError`` if nobody can tell."""
+    with contextlib.closing(Residency(fd, size)) as residency:
+        return residency.pages()
