@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 EXAMPLES = (
     "The fabric is cheap and it fell apart after one wash. Returned it, very disappointed.",
@@ -34,6 +35,7 @@ def classify(folder: Path, texts: list[str]) -> list[str]:
 
 
 def main(folder: Path, rows: Path, comparison: Path, name: str) -> int:
+    logging.disable_progress_bar()
     for text, label in zip(EXAMPLES, classify(folder, list(EXAMPLES)), strict=True):
         print(f"{label:9} {text}")
     test = [json.loads(line) for line in rows.open(encoding="utf-8")]

@@ -41,7 +41,8 @@ class Candidates:
         c = one.checkpoint
         average = next((average for average in self.averages if average.digest == c.digest), None)
         name = average.label if average is not None else c.name
-        return f"{name} ({c.prefix.rstrip('.')})" if c.prefix not in ("", "model.") else name
+        said = f" ({c.prefix.rstrip('.')})"
+        return name if c.prefix in ("", "model.") or name.endswith(said) else name + said
 
     def is_own(self, one: Evaluation) -> bool:
         """Whether it is an ordinary checkpoint of this run's lineage, to be drawn over its steps."""
@@ -84,7 +85,8 @@ def gather(
 ) -> Candidates:
     """Return the candidates of a run and of other roots or results folders.
 
-    ``by``: a rule as ``distckpt select`` takes it, on ``data`` or on the run's own metrics. Raises as ``select`` does, and
+    ``by``: a rule as ``distckpt select`` takes it, on ``data`` or on the run's own metrics. A mean of one checkpoint of the
+    run (a greedy soup that took no second) is that checkpoint again, and left out. Raises as ``select`` does, and
     ``CheckpointNotFound`` for a folder that holds neither checkpoints nor results.
     """
     found = list(evaluations(run.root))
@@ -96,13 +98,20 @@ def gather(
         found += more
         averages += [_average(save, os.fspath(path)) for save in others if save.provenance.get("averaged_from")]
     own = {save.digest: save for save in run.kept}
+    same = {average.digest for average in averages if len(average.members) == 1 and average.members <= own.keys()}
+    found = [one for one in found if one.checkpoint.digest not in same]
+    averages = [average for average in averages if average.digest not in same]
     if data is not None and by is None:
         raise ConfigError(f"data {data!r} without a rule: say by which rule to choose on it")
     known = Candidates(tuple(found), tuple(averages), None, own)
     if by is None:
         return known
     roots = [run.root, *(os.fspath(path) for path in compare)] if data is not None else run.root
-    named = [_named(candidate, known) for candidate in candidates_of(roots, data)]
+    named = [
+        _named(candidate, known)
+        for candidate in candidates_of(roots, data)
+        if candidate.evaluation is None or candidate.evaluation.checkpoint.digest not in same
+    ]
     return replace(known, choice=select(named, by, data=data))
 
 

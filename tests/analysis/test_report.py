@@ -121,6 +121,17 @@ def test_candidates_are_side_by_side_with_counts_and_intervals(roots: dict[str, 
     assert "92.5%" in words  # the confusion matrix' share of the class
 
 
+def test_a_mean_of_one_checkpoint_is_no_candidate_of_its_own(roots: dict[str, Path], tmp_path: Path) -> None:
+    alone = runs.averaged(tmp_path / "soup", roots["rich"], (500,))
+    rule = "max accuracy, then earliest"  # by which the step would be as good, and the mean of it earlier in the list
+    words = read(
+        roots["rich"], tmp_path / "page.html", compare=[alone, roots["average"]], by=rule, data="validation"
+    ).words
+    assert "average of 3 (average, step 600)" in words
+    assert "average of 1" not in words
+    assert "(soup, step 500)" not in words
+
+
 def test_without_the_library_for_intervals_that_is_said(
     roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
