@@ -84,8 +84,8 @@ REAL_BF16_ATTRIBUTES = (
 PARAMETER_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "DeepSpeedZeroOptimizer": ("_hp_mapping",),
     "BF16_Optimizer": ("_hp_mapping",),
-    "DeepSpeedZeroOptimizer_Stage3": ("ds_tensor", "ds_shape", "ds_numel", "ds_process_group", "all_gather"),
-    "DeepSpeedZeRoOffload": ("ds_tensor", "ds_shape", "ds_numel", "ds_process_group", "all_gather"),
+    "DeepSpeedZeroOptimizer_Stage3": ("ds_tensor", "ds_shape", "ds_numel", "ds_process_group", "all_gather_coalesced"),
+    "DeepSpeedZeRoOffload": ("ds_tensor", "ds_shape", "ds_numel", "ds_process_group", "all_gather_coalesced"),
 }
 """Attributes of every parameter (stages 1 and 2: every trained one)."""
 

@@ -250,9 +250,9 @@ def refresh(optimizer: Any, partitions: list[Partition]) -> None:
 
 
 def _gather_persistent(owner: Any) -> None:
-    """Gather the small parameters that ZeRO-3 keeps whole on every rank."""
+    """Gather the small parameters that ZeRO-3 keeps whole on every rank, all in one collective."""
     if owner.persistent_parameters:
-        owner.persistent_parameters[0].all_gather(owner.persistent_parameters)
+        owner.persistent_parameters[0].all_gather_coalesced(owner.persistent_parameters).wait()
 
 
 @torch.no_grad()
