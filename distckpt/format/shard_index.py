@@ -50,6 +50,7 @@ class ShardIndex:
         self._writers: Writers | None = None
         self._headers: dict[int, ShardHeader] = {}
         self._boxes: dict[int, dict[str, list[StoredBox]]] = {}
+        self._exact: dict[tuple[str, Box], tuple[int, StoredBox]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -79,6 +80,7 @@ class ShardIndex:
             boxes[stored.fqn].append(stored)
         with self._lock:
             self._headers[shard], self._boxes[shard] = header, dict(boxes)
+            self._exact.update({(stored.fqn, stored.box): (shard, stored) for stored in header.boxes})
         return header
 
     def open(self, shards: Iterable[int]) -> list[dict[str, list[StoredBox]]]:
@@ -125,13 +127,17 @@ class ShardIndex:
         return layout
 
     def overlapping(self, fqn: str, box: Box) -> list[tuple[int, StoredBox]]:
-        """Return (shard, stored box) for each stored box that shares elements with ``box``; opens only those shards.
+        """Return (shard, stored box) for stored boxes that together hold ``box``; opens only shards that it needs.
 
+        One that is equal to ``box``, in a shard that is open already, is enough: the common case of a resume.
         Raises ``ShardError`` where a header contradicts the manifest.
         """
         name = self.resolve(fqn)
         entry = self.manifest.tensors[name]
         promised = (entry.dtype, tuple(entry.shape))
+        exact = self._exact.get((name, box))
+        if exact is not None and box.numel and (exact[1].dtype, exact[1].global_shape) == promised:
+            return [exact]
         found = self._overlapping(name, box, self.writers(name, box), promised)
         if sum(part.numel for _, stored in found if (part := stored.box.intersect(box)) is not None) != box.numel:
             found = self._overlapping(name, box, self.candidates(name, box), promised)

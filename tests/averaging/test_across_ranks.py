@@ -152,6 +152,27 @@ def test_fp16_cannot_overflow_and_equal_replicas_stay_what_they_are() -> None:
     assert run_ranks(3, low_precision) == [([40000.0], [1.0078125], True)] * 3
 
 
+def many_low(rank: int, dtype: torch.dtype) -> int:
+    """Return how many of 4,096 means are not the rounding of their exact values."""
+
+    def of(rank: int) -> torch.Tensor:
+        return torch.randn(64, 64, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+    model = nn.Linear(64, 64, bias=False)
+    model.weight = nn.Parameter(of(rank))
+    average_across_ranks(model, weights=[1, 2, 4])
+    exact = (of(0).double() + 2 * of(1).double() + 4 * of(2).double()) / 7
+    return int((model.weight != exact.to(dtype)).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_narrow_weights_are_summed_wide_and_rounded_once(dtype: torch.dtype) -> None:
+    # fp32 sums round about one in 2**13 to the other neighbour (2**16 for bf16); narrow ones, every third.
+    found = run_ranks(3, many_low, dtype)
+    assert max(found) <= 8
+    assert len(set(found)) == 1
+
+
 def absent(rank: int) -> Any:
     model = plain(rank, value=float("nan") if rank == 1 else float(rank))
     report = average_across_ranks(model, weights=[1, 0, 3])

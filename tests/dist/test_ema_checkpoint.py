@@ -123,6 +123,18 @@ def test_left_out_it_begins_again_from_the_loaded_weights(tmp_path: Path) -> Non
     assert same_bits(averages(ema)["up.weight"], model.up.weight.detach())
 
 
+def test_a_part_that_is_left_out_begins_again_and_is_named(tmp_path: Path) -> None:
+    model, before = trained(tmp_path)
+    other, optimizer = build(seed=5)
+    ema = EMAModel(other, decay=0.9)
+    with manager(tmp_path, other, optimizer, stateful={"ema": ema}) as m:
+        report = m.load(3, exclude=("ema.up.weight",))
+    assert "ema: ['up.weight'] begin again from the loaded weights; they were not loaded" in report.rederived
+    assert same_bits(averages(ema)["up.weight"], model.up.weight.detach())
+    assert same_bits(averages(ema)["down.weight"], averages(before)["down.weight"])
+    assert ema.updates == 3
+
+
 @pytest.mark.parametrize("saved_at", [2, 5])
 def test_a_delayed_start_survives_a_resume(tmp_path: Path, saved_at: int) -> None:
     model, ema = trained(tmp_path, steps=saved_at, start=4)
