@@ -299,14 +299,14 @@ def all_jobs() -> list[Job]:
         Job("llama8b", "llama8b, one rank", partial(_state, "llama8b", 1, SAVERS, BACKGROUND)),
         Job("llama8b-2", "llama8b, two ranks", partial(_state, "llama8b", 2, SHARDED, BACKGROUND[:3])),
         Job("small", "18,867 small tensors", partial(_state, "small", 1, small, (), warm=False)),
-        Job("one-big", "four large tensors", partial(_state, "one-big", 1, ("distckpt", *SAVERS[1:5]), ())),
-        Job("replicated", "the same on both ranks", partial(_state, "replicated", 2, (*FEW, "torchsnapshot"), ())),
-        Job("zero-flat", "ZeRO flat partitions", partial(_state, "zero-flat", 2, FEW, (), warm=False)),
+        Job("one-big", "four large tensors", partial(_state, "one-big", 1, ("distckpt", *SAVERS[1:5]), ()), full=True),
+        Job("replicated", "the same on both ranks", partial(_state, "replicated", 2, (*FEW, "torchsnapshot"), ()), full=True),
+        Job("zero-flat", "ZeRO flat partitions", partial(_state, "zero-flat", 2, FEW, (), warm=False), full=True),
         Job("checksums", "checksums on and off", checksums),
         Job("reshard", "from one layout into another", reshard),
         Job("lora", "incremental saves of a frozen model", incremental),
         Job("train", "saving in a training loop", training),
-        Job("resume", "first save after a resume", resumed),
+        Job("resume", "first save after a resume", resumed, full=True),
         Job("zero", "DeepSpeed's own checkpoints, ZeRO-2 and 3", zero, full=True),
     ]
     jobs += [

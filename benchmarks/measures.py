@@ -219,10 +219,6 @@ def increments(results: Results) -> list[Test]:
     return [Test("bytes written ÷ state", value and value * 100, 3, 1, at_least=False, unit=" %", why=why)]
 
 
-def _slot(_: Results) -> list[Test]:
-    return [Test("plan", None, 0.0, 0.0, why="not built: benchmarks.sim")]
-
-
 MEASURES = (
     Measure("durable save, one rank and two", "≥ 0.85 of raw write, ≥ 2× the best DCP", "≥ 0.95, ≥ 3×", durable_save),
     Measure("CPU seconds per GB saved", "≤ 0.35", "≤ 0.22", cpu),
@@ -237,10 +233,6 @@ MEASURES = (
     Measure("peak extra memory, save and load", "≤ 256 MiB", "≤ 96 MiB", memory),
     Measure("LoRA increment, bytes written", "≤ 3 %", "≤ 1 %", increments),
 )
-PLAN = (
-    Measure("first plan, 16,384 ranks × 1,000 tensors, per rank", "≤ 1 s", "≤ 10 ms", _slot),
-    Measure("manifest there; headers one rank reads in its own layout", "≤ 32 MB; 1", "≤ 8 MB; 1", _slot),
-)
 
 
 def all_measures() -> list[Measure]:
@@ -250,7 +242,7 @@ def all_measures() -> list[Measure]:
     out = list(MEASURES)
     for slot in SLOTS:
         module = slot_module(slot)
-        out += module.measures() if module is not None else PLAN if slot == "plan" else ()
+        out += module.measures() if module is not None else ()
     return out
 
 

@@ -12,13 +12,18 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
 echo "== ruff"
 "$PYTHON" -m ruff check .
-echo "== mypy"
-"$PYTHON" -m mypy
-echo "== pytest"
 if (( $# )); then
+    echo "== mypy"
+    "$PYTHON" -m mypy
+    echo "== pytest"
     exec "$PYTHON" -m pytest --durations=10 "$@"
 fi
+echo "== mypy, beside the first tests"
+"$PYTHON" -m mypy &
+MYPY=$!
+echo "== pytest"
 # What waits for processes, disks and deadlines runs two at a time, a file's tests together; ranks need the cores to themselves.
 "$PYTHON" -m pytest --durations=10 --numprocesses 2 --dist loadfile --ignore tests/dist || failed=$?
+wait "$MYPY" || failed=$?
 "$PYTHON" -m pytest --durations=10 tests/dist || failed=$?
 exit "${failed:-0}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import __main__ as program
 from benchmarks import jobs, limits, measures, plots, report
 from benchmarks.pool import RanksFailed
 from benchmarks.run import Bench, Settings, Turns, differ, merged, palindrome
+from benchmarks.sim import suite
 from benchmarks.zero_peer import rows_of
 from distckpt.storage.probes import best_point
 
@@ -296,10 +298,19 @@ def test_slots_say_who_may_fill_them() -> None:
     assert {"llama8b", "llama8b-2", "small", "reshard", "lora", "train", "resume", "checksums"} <= set(names)
 
 
+def test_the_slot_of_plans_measures_what_its_promises_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "WORLD", 8)
+    rows: list[dict[str, Any]] = []
+    suite.plan(SimpleNamespace(add=rows.append), 8)  # type: ignore[arg-type]
+    tests = [test for promise in suite.measures() for test in promise.judge(report.Results(rows))]
+    assert all(test.value is not None and test.value > 0 for test in tests)
+    assert next(test.value for test in tests if test.what == "headers") == 1
+
+
 def test_arguments() -> None:
     quick = program.settings_of(program.parser().parse_args([]))
     full = program.settings_of(program.parser().parse_args(["--full", "--peers", "dcp,distckpt"]))
-    assert (quick.rounds, quick.nbytes, full.rounds, full.nbytes) == (1, 400_000_000, 5, 1_760_000_000)
+    assert (quick.rounds, quick.nbytes, full.rounds, full.nbytes) == (1, 250_000_000, 5, 1_760_000_000)
     assert full.chosen(jobs.SAVERS) == ["distckpt", "dcp"]
     assert "zero" not in [job.name for job in program.chosen(jobs.all_jobs(), quick)]
     assert "zero" in [job.name for job in program.chosen(jobs.all_jobs(), full)]

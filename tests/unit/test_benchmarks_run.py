@@ -57,6 +57,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     found.close()
 
 
+@pytest.mark.slow
 def test_two_peers_on_two_ranks_end_to_end(bench: Bench) -> None:
     root = bench.folder / "tiny"
     root.mkdir()
