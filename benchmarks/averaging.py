@@ -32,7 +32,7 @@ HALF_A_SPACING = 0.51
 
 def averages(bench: Bench) -> None:
     """Average K checkpoints with every peer in turn."""
-    for count in COUNTS:
+    for count in COUNTS if bench.settings.full else COUNTS[:2]:
         with folder_for(bench, f"average-{count}") as root:
             _averages(bench, count, root)
 

@@ -294,7 +294,7 @@ def all_jobs() -> list[Job]:
     from benchmarks.train import training
     from benchmarks.zero_peer import zero
 
-    small = ("distckpt", "safetensors", "dcp", "dcp-threads")
+    small = ("distckpt", "safetensors", "dcp-threads")
     jobs = [
         Job("llama8b", "llama8b, one rank", partial(_state, "llama8b", 1, SAVERS, BACKGROUND)),
         Job("llama8b-2", "llama8b, two ranks", partial(_state, "llama8b", 2, SHARDED, BACKGROUND[:3])),

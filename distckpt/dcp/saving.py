@@ -44,6 +44,7 @@ from distckpt.format import names, typed_json
 from distckpt.format.commit import begin_attempt, commit, is_committed
 from distckpt.format.manifest import Manifest, ShardEntry
 from distckpt.format.runs import FileRef
+from distckpt.heap import no_collections
 from distckpt.storage.base import Store
 
 log = logging.getLogger("distckpt")
@@ -84,6 +85,7 @@ class _Receipt(msgspec.Struct, array_like=True):
     """Name of the manifest that ``references`` come from; empty where there are none."""
 
 
+@no_collections()
 def table_of(state: State) -> Table:
     """Return the structure of a state: what the plan depends on."""
     rows = {fqn: Row(leaf.dtype, leaf.shape, leaf.layout) for fqn, leaf in sorted(state.tensors.items())}
@@ -186,7 +188,9 @@ def _attempt(
         receipts = [msgspec.msgpack.decode(p, type=_Receipt) for p in payloads]
         bases = {receipt.base for receipt in receipts}
         check_bases(store, bases)
-        committed = commit(store, _manifest(agreed, request, attempt, receipts))
+        with no_collections():
+            manifest = _manifest(agreed, request, attempt, receipts)
+        committed = commit(store, manifest)
         check_bases(store, bases, committed=True)
         return committed.encode()
 

@@ -26,6 +26,7 @@ from distckpt.format.shard import (
     plan_shard,
     render_header,
 )
+from distckpt.heap import no_collections
 from distckpt.storage.base import Store, Writer
 from distckpt.storage.direct import ALIGNMENT, POOL, REQUEST, address
 
@@ -103,19 +104,22 @@ def write_shard(
     possible.
     """
     pieces = list(pieces)
-    hashing = _Hashing(pieces, source, block, stopped)
+    with no_collections():
+        hashing = _Hashing(pieces, source, block, stopped)
     known = None
     if base is not None and base.block == block:
         run_all(hashing, list(_requests(hashing.extents())), threads, "hash")
         known = reuse(base, pieces, hashing.found)
         failpoints.hit("shard.compared", name)
-    plan = plan_shard(
-        pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
-    )
+    with no_collections():
+        plan = plan_shard(
+            pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
+        )
     writer = store.open_writer(name, plan.size)
     job = _Job(writer, plan, hashing, source, hashed=base is not None and base.block == block)
     try:
-        requests = list(_requests(plan.extents))
+        with no_collections():
+            requests = list(_requests(plan.extents))
         if store.capabilities.random_write:
             run_all(job.hash_and_write, requests, threads, "write")
             failpoints.hit("shard.before_header", name)
@@ -212,7 +216,8 @@ class _Job:
     def header(self) -> bytes:
         """Return the file's first bytes; all blocks must be hashed."""
         if not self._header:
-            self._header = render_header(self._plan, self._hashing.found)
+            with no_collections():
+                self._header = render_header(self._plan, self._hashing.found)
         return self._header
 
 

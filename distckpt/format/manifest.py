@@ -19,6 +19,7 @@ from distckpt.format.limits import REUSING, VERSION, Count, check_version
 from distckpt.format.manifest_checks import check_manifest
 from distckpt.format.names import parse_shard_name, shard_name
 from distckpt.format.plain_json import canonical, strict_loads
+from distckpt.heap import no_collections
 
 FORMAT: Final = "distckpt"
 MAX_MANIFEST: Final = 256 << 20
@@ -166,6 +167,7 @@ def layout_text(manifest: Manifest, entry: TensorEntry) -> str:
     return f"{' '.join(entry.placements)} on {'x'.join(map(str, mesh)) or '1'} ranks"
 
 
+@no_collections()
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the file's bytes, having checked them as a reader would: what can't be read is never written.
 
@@ -220,6 +222,7 @@ def _body(data: bytes, where: str) -> memoryview:
     return body
 
 
+@no_collections()
 def _parse(body: bytes | memoryview, where: str) -> Manifest:
     """Return the manifest in a body; equal bytes are checked once (a save meets its manifest half a dozen times)."""
     found = digest(body)

@@ -33,6 +33,7 @@ from distckpt.errors import (
 )
 from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
+from distckpt.heap import no_collections
 from distckpt.manager.components import Components
 from distckpt.manager.staging import StagingArena
 from distckpt.manager.state_copy import StateCopy
@@ -86,7 +87,7 @@ class SavePipeline:
         """
         key, full = request.save_id, self.config.mode == "full"
         try:
-            with self.agreement.guard(f"{key}/plan"):
+            with self.agreement.guard(f"{key}/plan"), no_collections():
                 state = self.engine.state(optimizer=self.config.save_optimizer)
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
@@ -102,7 +103,7 @@ class SavePipeline:
                 full=full,
                 resumed=resumed,
             )
-            with self.agreement.guard(f"{key}/begin"):
+            with self.agreement.guard(f"{key}/begin"), no_collections():
                 replicas = tensor_claims(state, agreed.held, self.agreement.rank) if agreed is not first else {}
                 copy = self._begin(agreed, state) if background and self.config.lazy_staging else None
                 source = None if full or copy is not None else self._stage(agreed, state)

@@ -25,6 +25,7 @@ from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
+from distckpt.heap import no_collections
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
 from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
 from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
@@ -57,7 +58,8 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
 
     def match() -> list[str]:
-        matched.append(_match_here(agreement.rank, agreement.world_size, load))
+        with no_collections():
+            matched.append(_match_here(agreement.rank, agreement.world_size, load))
         return [offer_names(agreement, every, matched[0].report.unexpected)]
 
     def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
@@ -68,7 +70,8 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     planned: list[Request] = []
 
     def plan() -> list[str]:
-        planned.extend(_plan_here(load, matched[0], unexpected))
+        with no_collections():
+            planned.extend(_plan_here(load, matched[0], unexpected))
         return [share.fingerprint(planned), str(share.size_of(planned))]
 
     group: list[int] = []
@@ -159,7 +162,8 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     _match(report, state, reader, load.components, options, set(extras))
     if without:
         report.missing = sorted([*report.missing, OPTIM_GROUPS])  # the live optimizer stays as it is, not in silence
-    live = [leaf for leaf in state.tensors.values() if leaf.fqn in report.loaded]
+    loaded = set(report.loaded)
+    live = [leaf for leaf in state.tensors.values() if leaf.fqn in loaded]
     problems = [problem for leaf in live if (problem := _misfit(leaf, reader, options, report))]
     return _Matched(report, state, extras, objects, optimizer, problems)
 

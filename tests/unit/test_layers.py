@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "distckpt"
 LAYERS = (
-    "errors", "clock", "failpoints", "config", "boxes", "storage", "format", "dcp", "engines", "manager",
+    "errors", "clock", "failpoints", "heap", "config", "boxes", "storage", "format", "dcp", "engines", "manager",
     "selection", "export", "importers", "averaging", "analysis", "integrations", "cli",
 )  # fmt: skip
 LATER = {"export/inference.py": "averaging"}
