@@ -1,6 +1,6 @@
 """The benchmark suite: distckpt beside its peers and beside the raw machine, in one interleaved run.
 
-    python -m benchmarks                        quick: about 250 MB a state, under 10 minutes on 2 quiet cores
+    python -m benchmarks                        quick: about 200 MB a state, under 10 minutes on 2 quiet cores
     python -m benchmarks --full                 1.76 GB a state, 5 rounds, more workloads: an hour or two
     python -m benchmarks --only train --peers distckpt,dcp-async-thread
 
@@ -23,7 +23,7 @@ from benchmarks.jobs import Job, all_jobs
 from benchmarks.peers import HOMES
 from benchmarks.run import Bench, Settings, json_lines
 
-QUICK_BYTES, FULL_BYTES = 250_000_000, 1_760_000_000
+QUICK_BYTES, FULL_BYTES = 200_000_000, 1_760_000_000
 
 
 def parser() -> argparse.ArgumentParser:

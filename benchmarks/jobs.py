@@ -294,7 +294,7 @@ def all_jobs() -> list[Job]:
     from benchmarks.train import training
     from benchmarks.zero_peer import zero
 
-    small = ("distckpt", "safetensors", "dcp-threads")
+    small = ("distckpt", "safetensors", "dcp", "dcp-threads")
     jobs = [
         Job("llama8b", "llama8b, one rank", partial(_state, "llama8b", 1, SAVERS, BACKGROUND)),
         Job("llama8b-2", "llama8b, two ranks", partial(_state, "llama8b", 2, SHARDED, BACKGROUND[:3])),
@@ -323,6 +323,8 @@ def all_jobs() -> list[Job]:
 
 def _state(workload: str, world: int, savers: Sequence[str], background: Sequence[str], bench: Bench, *,
            warm: bool = True) -> None:  # fmt: skip
+    if not bench.settings.full:
+        savers = [name for name in savers if name != "dcp"]  # dcp-threads is the faster one
     state(workload, world, savers, background=background, warm=warm, bench=bench)
 
 

@@ -82,7 +82,7 @@ class Settings:
     """What the command line asks for. ``nbytes`` is the size of a state; ``peers`` empty: those that a job names."""
 
     full: bool = False
-    nbytes: int = 250_000_000
+    nbytes: int = 200_000_000
     rounds: int = 1
     again: int = 1
     peers: tuple[str, ...] = ()

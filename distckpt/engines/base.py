@@ -57,6 +57,11 @@ class StepBound(Protocol):
         """
 
 
+def has_groups(engine: Engine) -> bool:
+    """Whether the job has an optimizer. Its state is collected to know, but where there can be none."""
+    return getattr(engine, "optimizers", None) != () and OPTIM_GROUPS in engine.state(optimizer=True).objects
+
+
 def clean_fqn(name: str, *, unwrap: bool = True) -> str:
     """Return an FQN without the parts that DDP, FSDP1, ``torch.compile`` and activation checkpointing insert.
 

@@ -94,23 +94,35 @@ class TorchEngine:
         first: dict[int, str] = {}
         synced = _synced_buffers(self.model)
         self._copies = {}
-        for key, value in tensors.items():
-            name = MODEL + clean_fqn(key)
-            if not isinstance(value, torch.Tensor):
-                state.add_object(name, value)
-                continue
-            source = live.get(clean_fqn(key))
-            if source is not None and id(source) in first:
-                state.aliases[name] = first[id(source)]
-                continue
-            if source is None or _address(source) != _address(value):
-                self._copies[name] = (key, value)  # a state_dict hook made it: loading must go through load_state_dict
-            else:
-                first[id(source)] = name
-            leaf = tensor_leaf(name, value)
-            if id(source) in synced:
-                leaf = replace(leaf, layout=Layout(Mesh.flat((synced[id(source)],)), ("R",)))
-            state.add_leaf(leaf)
+        with torch.no_grad():  # in which a DTensor's to_local() is a look, and no operation of autograd
+            for key, value in tensors.items():
+                self._add_entry(state, key, value, live.get(clean_fqn(key)), first, synced)
+
+    def _add_entry(
+        self,
+        state: State,
+        key: str,
+        value: Any,
+        source: torch.Tensor | None,
+        first: dict[int, str],
+        synced: Mapping[int, int],
+    ) -> None:
+        """Add one entry of the state dict; ``source`` is the parameter or buffer that it shows, ``first`` names those seen."""
+        name = MODEL + clean_fqn(key)
+        if not isinstance(value, torch.Tensor):
+            state.add_object(name, value)
+            return
+        if source is not None and id(source) in first:
+            state.aliases[name] = first[id(source)]
+            return
+        if source is None or _address(source) != _address(value):
+            self._copies[name] = (key, value)  # a state_dict hook made it: loading must go through load_state_dict
+        else:
+            first[id(source)] = name
+        leaf = tensor_leaf(name, value)
+        if id(source) in synced:
+            leaf = replace(leaf, layout=Layout(Mesh.flat((synced[id(source)],)), ("R",)))
+        state.add_leaf(leaf)
 
     def _params(self) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], list[str]]]:
         """Yield (optimizer, param group, FQNs of its params)."""

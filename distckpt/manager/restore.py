@@ -20,7 +20,7 @@ from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, tree_refs, unflatten_tree
 from distckpt.dcp.read_plan import Request
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE
+from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, has_groups
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
@@ -140,9 +140,7 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     saved |= {alias: saved[target] for alias, target in manifest.aliases.items()}
     in_optimizer = [n for n in (*saved, *manifest.objects) if n.startswith("optim.")]
     optimizer = any(map(options.wants, in_optimizer))
-    without = (
-        options.wants(OPTIM_GROUPS) and not in_optimizer and OPTIM_GROUPS in load.engine.state(optimizer=True).objects
-    )
+    without = options.wants(OPTIM_GROUPS) and not in_optimizer and has_groups(load.engine)
     state = load.engine.prepare(saved, optimizer=optimizer)
     load.components.add_targets(state, {n: entry for n, entry in saved.items() if options.wants(n)})
     report = LoadReport(

@@ -310,7 +310,7 @@ def test_the_slot_of_plans_measures_what_its_promises_judge(monkeypatch: pytest.
 def test_arguments() -> None:
     quick = program.settings_of(program.parser().parse_args([]))
     full = program.settings_of(program.parser().parse_args(["--full", "--peers", "dcp,distckpt"]))
-    assert (quick.rounds, quick.nbytes, full.rounds, full.nbytes) == (1, 250_000_000, 5, 1_760_000_000)
+    assert (quick.rounds, quick.nbytes, full.rounds, full.nbytes) == (1, 200_000_000, 5, 1_760_000_000)
     assert full.chosen(jobs.SAVERS) == ["distckpt", "dcp"]
     assert "zero" not in [job.name for job in program.chosen(jobs.all_jobs(), quick)]
     assert "zero" in [job.name for job in program.chosen(jobs.all_jobs(), full)]
