@@ -31,7 +31,7 @@ def no_collections() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _inside -= 1
+            _inside = max(0, _inside - 1)  # a child that was forked inside leaves without having come in
             if _inside == 0 and _enabled:
                 gc.enable()
 

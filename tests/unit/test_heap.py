@@ -58,9 +58,14 @@ def test_the_last_thread_to_leave_turns_it_on() -> None:
 
 
 def test_a_child_forked_inside_collects() -> None:
+    inside: list[bool] = []
     with no_collections():
         child = os.fork()
-        if child == 0:
-            os._exit(0 if gc.isenabled() else 1)
+        inside.append(gc.isenabled())
+    if child == 0:
+        left = gc.isenabled()
+        with no_collections():
+            again = gc.isenabled()
+        os._exit(0 if inside[0] and left and not again and gc.isenabled() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gc.isenabled()
