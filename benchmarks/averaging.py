@@ -51,7 +51,6 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
 
     def turn(peer: str) -> Row:
         found = run_one(PEERS[peer], root / "out", shards, small)
-        del found["kind"]  # of a row it says that it is one
         error = greatest_error(PEERS[peer], root / "out", wanted)
         shutil.rmtree(root / "out")
         check = "equal" if error <= HALF_A_SPACING else f"off by {error:.2f} spacings"

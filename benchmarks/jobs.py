@@ -1,13 +1,12 @@
 """What is measured: one job per workload, each a sequence of passes over the peers.
 
 Work that others bring along plugs in by ``SLOTS``: a module with ``jobs() -> list[Job]`` and ``measures() ->
-list[Measure]`` (benchmarks.measures). Until it exists, the summary says "not built".
+list[Measure]`` (benchmarks.measures).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -316,8 +315,7 @@ def all_jobs() -> list[Job]:
         for name in ("llama70b", "llama405b", "llama1t")
     ]
     for slot in SLOTS:
-        module = slot_module(slot)
-        jobs += module.jobs() if module is not None else []
+        jobs += slot_module(slot).jobs()
     return jobs
 
 
@@ -328,11 +326,6 @@ def _state(workload: str, world: int, savers: Sequence[str], background: Sequenc
     state(workload, world, savers, background=background, warm=warm, bench=bench)
 
 
-def slot_module(slot: str) -> ModuleType | None:
-    """Return the module that fills a slot, or None where nobody has built it."""
-    name = SLOTS[slot]
-    try:
-        found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # its package
-        found = None
-    return importlib.import_module(name) if found is not None else None
+def slot_module(slot: str) -> ModuleType:
+    """Return the module that fills a slot; imported late, as it imports this one."""
+    return importlib.import_module(SLOTS[slot])

@@ -241,8 +241,7 @@ def all_measures() -> list[Measure]:
 
     out = list(MEASURES)
     for slot in SLOTS:
-        module = slot_module(slot)
-        out += module.measures() if module is not None else ()
+        out += slot_module(slot).measures()
     return out
 
 

@@ -192,7 +192,7 @@ class Bench:
         """Take a turn, add its rows, and return the last one; None if the peer failed (then it is in ``failed``)."""
         row: Row = {}
         for row in self.turns.take(work, probe, shared=shared):
-            self.add({"kind": "row", **about, **row})
+            self.add({**about, **row, "kind": "row"})
         what = f"{about['workload']} x{about['world']} {about['part']} {about['peer']}"
         if "error" in row:
             print(f"{what}: failed: {row['error'][:200]}", file=sys.stderr, flush=True)

@@ -270,7 +270,7 @@ def to_universal(rank: int, stage: int, source: Path, target: Path) -> dict[str,
     resident = evict(source)
     with quiet():
         row = timed(lambda: convert_to_universal(options), stored_bytes(source))
-    return {**row, "resident_pages": resident, "bytes": sum(f.stat().st_size for f in files_of(target))}
+    return {**row, "resident_pages": resident, "bytes": stored_bytes(target)}
 
 
 def export(rank: int, peer: str, source: Path, tag: str, target: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def plan(bench: Bench, world: int = WORLD) -> None:
     bench.add(
         {
             "kind": "row", "workload": f"{world} ranks", "world": world, "part": PART, "peer": OURS, "void": False,
-            "check": "equal", "seconds": max(planned.leader_s, planned.other_s), "leader_cpu_s": planned.leader_s,
-            "other_cpu_s": planned.other_s, "nbytes": sizes["bytes"], "manifest_bytes": sizes["bytes"],
+            "seconds": max(planned.leader_s, planned.other_s), "leader_cpu_s": planned.leader_s,
+            "other_cpu_s": planned.other_s, "nbytes": sizes["bytes"],
             "headers": found["headers"],
         }
     )  # fmt: skip
@@ -54,7 +54,7 @@ def judge_plan(results: Results) -> list[Test]:
 
 def judge_metadata(results: Results) -> list[Test]:
     s = results.one(f"{WORLD} ranks", PART, OURS, WORLD)
-    size, headers = s.median("manifest_bytes"), s.median("headers")
+    size, headers = s.median("nbytes"), s.median("headers")
     return [
         Test("manifest", None if size is None else size / 1e6, 32, 8, at_least=False, unit=" MB", digits=1),
         Test("headers", headers, 1, 1, at_least=False, digits=0),

@@ -188,9 +188,7 @@ def _attempt(
         receipts = [msgspec.msgpack.decode(p, type=_Receipt) for p in payloads]
         bases = {receipt.base for receipt in receipts}
         check_bases(store, bases)
-        with no_collections():
-            manifest = _manifest(agreed, request, attempt, receipts)
-        committed = commit(store, manifest)
+        committed = commit(store, _manifest(agreed, request, attempt, receipts))
         check_bases(store, bases, committed=True)
         return committed.encode()
 
@@ -246,6 +244,7 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
     )
 
 
+@no_collections()
 def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
     """Check all receipts against the plan and put the manifest together (leader only)."""
     _check_receipts(agreed, request.step, receipts)

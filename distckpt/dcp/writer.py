@@ -104,17 +104,15 @@ def write_shard(
     possible.
     """
     pieces = list(pieces)
-    with no_collections():
-        hashing = _Hashing(pieces, source, block, stopped)
+    hashing = _Hashing(pieces, source, block, stopped)
     known = None
     if base is not None and base.block == block:
         run_all(hashing, list(_requests(hashing.extents())), threads, "hash")
         known = reuse(base, pieces, hashing.found)
         failpoints.hit("shard.compared", name)
-    with no_collections():
-        plan = plan_shard(
-            pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
-        )
+    plan = plan_shard(
+        pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
+    )
     writer = store.open_writer(name, plan.size)
     job = _Job(writer, plan, hashing, source, hashed=base is not None and base.block == block)
     try:
@@ -149,6 +147,7 @@ def write_shard(
 class _Hashing:
     """Digests of all blocks of a rank's pieces; called on several threads, each request on one."""
 
+    @no_collections()
     def __init__(self, pieces: Sequence[Piece], source: Source, block: int, stopped: Callable[[], str | None]) -> None:
         self._source, self._block, self._stopped = source, block, stopped
         self._order, _, self._nbytes = place_pieces(pieces)
@@ -216,8 +215,7 @@ class _Job:
     def header(self) -> bytes:
         """Return the file's first bytes; all blocks must be hashed."""
         if not self._header:
-            with no_collections():
-                self._header = render_header(self._plan, self._hashing.found)
+            self._header = render_header(self._plan, self._hashing.found)
         return self._header
 
 

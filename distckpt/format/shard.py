@@ -22,6 +22,7 @@ from distckpt.format.limits import MAX_WORLD, name_problem, shape_problem, shown
 from distckpt.format.plain_json import canonical, strict_loads
 from distckpt.format.runs import FileRef, Run, run_bytes
 from distckpt.format.shard_json import header_json
+from distckpt.heap import no_collections
 
 ALIGNMENT: Final = 4096
 """Data starts at a multiple of this, for direct I/O."""
@@ -133,6 +134,7 @@ class ShardPlan:
     """Key and bytes of the entry that holds the extents of pieces with runs; it is the last in the file."""
 
 
+@no_collections()
 def plan_shard(
     pieces: Sequence[Piece],
     *,
@@ -245,6 +247,7 @@ def place_pieces(
     return order, relative, nbytes
 
 
+@no_collections()
 def render_header(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
     """Return the file's first ``plan.data_start`` bytes. ``digests[i]`` belongs to ``plan.pieces[i]``.
 

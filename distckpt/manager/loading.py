@@ -25,7 +25,6 @@ from distckpt.errors import (
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
 from distckpt.format.manifest import Manifest, reread_manifest
-from distckpt.heap import no_collections
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
 from distckpt.manager.exchange import Opening, read_small
@@ -122,8 +121,7 @@ class Loader:
     def _load(self, store: Store, committed: Committed, key: str, options: LoadOptions, path: str) -> LoadReport:
         def read() -> bytes:
             try:
-                with no_collections():
-                    found = read_manifest(store, committed)
+                found = read_manifest(store, committed)
             except CorruptCheckpoint as error:
                 return b"-" + str(error).encode()
             readers.append(CheckpointReader(store, found, committed.folder))

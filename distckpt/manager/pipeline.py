@@ -103,7 +103,7 @@ class SavePipeline:
                 full=full,
                 resumed=resumed,
             )
-            with self.agreement.guard(f"{key}/begin"), no_collections():
+            with self.agreement.guard(f"{key}/begin"):
                 replicas = tensor_claims(state, agreed.held, self.agreement.rank) if agreed is not first else {}
                 copy = self._begin(agreed, state) if background and self.config.lazy_staging else None
                 source = None if full or copy is not None else self._stage(agreed, state)

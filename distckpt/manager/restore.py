@@ -58,8 +58,7 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
 
     def match() -> list[str]:
-        with no_collections():
-            matched.append(_match_here(agreement.rank, agreement.world_size, load))
+        matched.append(_match_here(agreement.rank, agreement.world_size, load))
         return [offer_names(agreement, every, matched[0].report.unexpected)]
 
     def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
@@ -70,8 +69,7 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     planned: list[Request] = []
 
     def plan() -> list[str]:
-        with no_collections():
-            planned.extend(_plan_here(load, matched[0], unexpected))
+        planned.extend(_plan_here(load, matched[0], unexpected))
         return [share.fingerprint(planned), str(share.size_of(planned))]
 
     group: list[int] = []
@@ -134,6 +132,7 @@ def _together(
     return list(combined)
 
 
+@no_collections()
 def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     reader, options, manifest = load.reader, load.options, load.reader.manifest
     saved = {fqn: (entry.dtype, tuple(entry.shape)) for fqn, entry in manifest.tensors.items()}
@@ -166,6 +165,7 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
+@no_collections()
 def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[Request]:
     report, state, options = matched.report, matched.state, load.options
     report.unexpected = sorted(unexpected)
