@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Box:
+class Box(msgspec.Struct, frozen=True, order=True, gc=False):
     """Region ``offsets[i] <= index[i] < offsets[i] + sizes[i]`` of an n-dimensional tensor, in elements."""
 
     offsets: tuple[int, ...]

@@ -18,8 +18,10 @@ def no_collections() -> Iterator[None]:
     """Put off cyclic garbage collection inside ``with``, in the whole process; nests, and threads may overlap in it.
 
     A plan has tens of objects for each tensor, and all of them are in use: collections walk over them, and over all of
-    the model's, again and again and find nothing. For 18,867 tensors that was two fifths of a save and of a load. Wrap
-    planning, never waiting. A collector that the user has turned off stays off.
+    the model's, again and again and find nothing. For 18,867 tensors that was two fifths of a save and of a load. On the
+    training thread, wrap all of a save or load that it waits for: when what was made is gone again, there is nothing to
+    look at. On other threads wrap planning only: training goes on beside them. A collector that the user has turned off
+    stays off.
     """
     global _inside, _enabled
     with _lock:

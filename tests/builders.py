@@ -16,7 +16,8 @@ from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.digest import BLOCK, block_digests, digest
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
-from distckpt.format.shard import Piece, plan_shard, render_header
+from distckpt.format.placing import Piece
+from distckpt.format.shard import plan_shard, render_header
 from distckpt.storage.base import Store
 
 Tensors = Mapping[str, np.ndarray]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -245,7 +245,7 @@ class EMAModel:
                 state.add_leaf(self._shadows.leaf(prefix + fqn, fqn, number))
             for fqn, leaf in {**live.averaged, **live.followed}.items():
                 if fqn not in own:
-                    state.tensors[prefix + fqn] = replace(leaf, fqn=MODEL + fqn)
+                    state.tensors[prefix + fqn] = msgspec.structs.replace(leaf, fqn=MODEL + fqn)
             state.aliases |= {prefix + alias: prefix + fqn for alias, fqn in live.aliases.items()}
         state.add_object(name, self._progress.plain())
         return state

@@ -9,7 +9,7 @@ from distckpt.boxes import Box
 from distckpt.dcp.planner import Plan, Row, manifest_tensors, split_among_replicas
 from distckpt.format.layout import Layout, Mesh
 from distckpt.format.manifest import MeshEntry, TensorEntry
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import nn
 
@@ -23,7 +24,7 @@ POLICIES = ("average", "first", "keep")
 def persistent_buffers(module: nn.Module, live: Live) -> dict[str, TensorLeaf]:
     """Return the buffers that a checkpoint holds, by FQN."""
     own = {clean_fqn(name) for name, _ in module.named_buffers()}
-    return {name: replace(leaf, fqn=name) for name, leaf in live.followed.items() if name in own}
+    return {name: msgspec.structs.replace(leaf, fqn=name) for name, leaf in live.followed.items() if name in own}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from distckpt.errors import SaveFailed
 from distckpt.format import digest as digests
 from distckpt.format.layout import Layout
 from distckpt.format.manifest import Manifest, PlanEntry
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece, Placed, place
 from distckpt.format.shard_index import layout_of, mesh_of
 
 log = logging.getLogger("distckpt")
@@ -42,9 +42,14 @@ class AgreedPlan:
     id: str
     held: Plan
     written: Plan
-    pieces: tuple[Piece, ...]
+    placed: Placed
     cover: int
     whole: int | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The boxes that this rank writes."""
+        return self.placed.pieces
 
     def entry(self) -> PlanEntry | msgspec.UnsetType:
         """Return what the manifest keeps besides the tensors, so that a job which resumes has this plan already."""
@@ -103,10 +108,10 @@ def agree_plan(
 
 def _planned(agreed: str, held: Plan, rank: int, *, full: bool = False) -> AgreedPlan:
     written = gathered(held) if full else held
-    pieces = tuple(pieces_for(written, rank))
-    cover = cover_of(((p.fqn, p.box) for p in pieces), agreed)
+    placed = place(pieces_for(written, rank))
+    cover = cover_of(((p.fqn, p.box) for p in placed.pieces), agreed)
     whole = whole_cover(((fqn, row.shape) for fqn, row in written.tensors.items()), agreed) if rank == 0 else None
-    return AgreedPlan(agreed, held, written, pieces, cover, whole)
+    return AgreedPlan(agreed, held, written, placed, cover, whole)
 
 
 def _merged(

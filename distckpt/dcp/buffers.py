@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,6 +27,34 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
 def move(target: int, source: int, nbytes: int) -> None:
     """Copy bytes between addresses; the interpreter lock is let go where that pays (taking it back may have to wait)."""
     (_held if nbytes < _SMALL else _free).memmove(target, source, nbytes)
+
+
+def is_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes lie in host memory in order, as they are."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def memory_at(where: int, nbytes: int) -> memoryview:
+    """Return a writable view of memory, which the caller keeps alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(where)).cast("B")
+
+
+class HostBytes:
+    """Tensors as bytes in row-major order, by number; kept alive with it, looked at when they are asked for.
+
+    Those that lie in host memory in order are used where they are, others are copied at once.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = [
+            t if is_plain_memory(t) else t.cpu().resolve_conj().resolve_neg().contiguous() for t in tensors
+        ]
+
+    def __call__(self, number: int) -> memoryview:
+        """Return the bytes of one tensor; any thread may ask."""
+        tensor = self._tensors[number]
+        nbytes = tensor.nbytes
+        return memory_at(tensor.data_ptr(), nbytes) if nbytes else memoryview(b"")
 
 
 def zeros_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import msgspec
 
 from distckpt.format import digest as digests
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 
 
 def fingerprint(pieces: Sequence[Piece], found: Sequence[Sequence[str]], named: Collection[str]) -> str:

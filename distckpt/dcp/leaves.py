@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -24,8 +25,7 @@ GROUPS = "groups"
 """Optimizer param groups: each rank's groups may name other parameters (pipeline stages); merged by position."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorLeaf:
+class TensorLeaf(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One tensor of the global state, as this rank holds it.
 
     ``shape`` is global. ``layout`` is None for a plain tensor, which is whole on every rank that has it. Each part is
@@ -56,8 +56,7 @@ class TensorLeaf:
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.parts)
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectLeaf:
+class ObjectLeaf(msgspec.Struct, frozen=True, eq=False):
     """One value that is not a tensor; ``kind`` says how ranks' values relate (the constants of this module)."""
 
     name: str

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from distckpt.boxes import Box, tiling_error
 from distckpt.dcp.cover import added, cover_of, cover_of_table, whole_cover
 from distckpt.errors import IncompatibleState
@@ -17,12 +19,11 @@ from distckpt.format.box_columns import BoxColumns
 from distckpt.format.dtypes import itemsize
 from distckpt.format.layout import Layout, Mesh, held_boxes, parse_placement, replica_of
 from distckpt.format.manifest import MeshEntry, TensorEntry
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 from distckpt.format.shares import Group, group_of, line_of
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One tensor in a table. ``layout`` None: a plain tensor, whole on each rank that lists it."""
 
     dtype: str

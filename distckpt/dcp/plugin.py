@@ -41,7 +41,7 @@ from distckpt.format.catalog import find_checkpoint, parse_location
 from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.lineage import create_generation, ensure_root, lineage, list_committed, read_generations
 from distckpt.format.manifest import Manifest, ShardEntry
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 from distckpt.storage import open_store
 
 _RECEIPT = "distckpt/receipt"

@@ -8,9 +8,9 @@ tensors cost no more requests than a large one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
+import msgspec
 import torch
 
 from distckpt.boxes import Box, is_flat_range
@@ -34,8 +34,7 @@ GAP = 256 << 10
 """Runs of one file with at most this many unwanted bytes between them are read in one request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(msgspec.Struct, frozen=True, eq=False):
     """A box of a saved tensor and the tensor (any device, any strides, of ``box.sizes``) to put it in."""
 
     fqn: str
@@ -43,11 +42,7 @@ class Want:
     target: torch.Tensor
 
 
-# The classes below are made by the ten thousand and stay in here and the reader: not frozen, which costs microseconds.
-
-
-@dataclass(slots=True, eq=False)
-class Use:
+class Use(msgspec.Struct, eq=False):
     """What one want takes of a stored box: ``common``, in the tensor's coordinates.
 
     Where it is contiguous in both, bytes ``[begin, end)`` of the stored box go to memory at ``address`` as they are;
@@ -61,8 +56,7 @@ class Use:
     address: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Run:
+class Run(msgspec.Struct, eq=False):
     """Blocks ``first`` up to ``last`` of a stored box: ``nbytes`` bytes from ``start`` of ``path``, and who takes them."""
 
     path: str
@@ -81,8 +75,7 @@ class Run:
         return len(self.uses) == 1 and use.address != 0 and use.begin <= begin and begin + self.nbytes <= use.end
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """Runs of one file that one shard's boxes need, in file order, read at once."""
 
     shard: int
@@ -117,21 +110,27 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
     """
     found: dict[tuple[int, int, str], tuple[StoredBox, list[Use]]] = {}
     for want in wants:
-        if tuple(want.target.shape) != want.box.sizes:
+        box = want.box
+        if want.target.shape != box.sizes:
             raise IncompatibleState(f"{want.fqn}: target of shape {tuple(want.target.shape)} for box {want.box.sizes}")
         covered = 0
-        for shard, stored in index.overlapping(want.fqn, want.box):
+        for shard, stored in index.overlapping(want.fqn, box):
             use = _use(want, stored)
             covered += use.common.numel
-            found.setdefault((shard, stored.start, stored.key), (stored, []))[1].append(use)
-        if covered != want.box.numel:
+            key = (shard, stored.start, stored.key)
+            if key in found:
+                found[key][1].append(use)
+            else:
+                found[key] = (stored, [use])
+        if covered != box.numel:
             raise IncompatibleState(
                 f"{want.fqn}: checkpoint at {index.folder} holds {covered} of the {want.box.numel} elements of box "
                 f"{want.box.offsets}+{want.box.sizes}"
             )
     by_file: dict[tuple[int, str], list[Run]] = {}
-    for (shard, _, _), (stored, uses) in sorted(found.items(), key=lambda item: item[0]):
-        for run in _runs(stored, uses, index.header(shard).block, index.path(shard)):
+    shards = {shard: (index.header(shard).block, index.path(shard)) for shard, _, _ in found}
+    for (shard, _, _), (stored, uses) in sorted(found.items(), key=itemgetter(0)):
+        for run in _runs(stored, uses, *shards[shard]):
             by_file.setdefault((shard, run.path), []).append(run)
     for every in by_file.values():
         every.sort(key=attrgetter("start"))
@@ -140,10 +139,11 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
 
 
 def _use(want: Want, stored: StoredBox) -> Use:
-    target, size = want.target, itemsize(stored.dtype)
-    plain = target.device.type == "cpu" and target.dtype == torch_dtype(stored.dtype) and target.is_contiguous()
+    target = want.target
+    plain = target.is_cpu and target.dtype == torch_dtype(stored.dtype) and target.is_contiguous()
     if want.box == stored.box:
         return Use(want, want.box, 0, stored.nbytes, target.data_ptr() if plain else 0)
+    size = itemsize(stored.dtype)
     common = want.box.intersect(stored.box)
     assert common is not None
     source = is_flat_range(common.relative_to(stored.box.offsets), stored.box.sizes)
@@ -155,7 +155,8 @@ def _use(want: Want, stored: StoredBox) -> Use:
 
 def _runs(stored: StoredBox, uses: list[Use], block: int, shard: str) -> Iterator[Run]:
     """Yield the runs of a stored box's blocks that hold wanted elements, in order; ``shard`` is the file that lists it."""
-    for first, last in _union([span for use in uses for span in _touched(stored, use, block)]):
+    spans = [span for use in uses for span in _touched(stored, use, block)]
+    for first, last in spans if len(spans) == 1 else _union(spans):
         if not stored.runs:
             nbytes = min(last * block, stored.nbytes) - first * block
             yield Run(shard, stored, uses, first, last, stored.start + first * block, nbytes, block)

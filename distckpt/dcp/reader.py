@@ -8,7 +8,6 @@ holds it. Nothing is gathered; ranks that want the same bytes may read them for 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 
 from distckpt.boxes import flat_range_to_boxes
 from distckpt.dcp import share
-from distckpt.dcp.buffers import move
+from distckpt.dcp.buffers import memory_at, move
 from distckpt.dcp.leaves import torch_dtype
 from distckpt.dcp.parallel import local_ranks, processors, run_all
 from distckpt.dcp.read_plan import Request, Run, Use, Want, plan_requests
@@ -87,8 +86,8 @@ class CheckpointReader:
 
     def plan(self, wants: Sequence[Want]) -> list[Request]:
         """Return the requests that fill every want; opens headers as needed. Raises as ``read`` does."""
-        self.stats.wanted_bytes += sum(want.box.numel * want.target.element_size() for want in wants)
-        return plan_requests(self.index, [want for want in wants if want.box.numel or want.target.numel()])
+        self.stats.wanted_bytes += sum(want.target.nbytes for want in wants)
+        return plan_requests(self.index, [want for want in wants if want.target.numel() or want.box.numel])
 
     def read_requests(
         self, requests: Sequence[Request], *, threads: int, compare: bool = False, progress: Progress = None
@@ -180,7 +179,7 @@ class CheckpointReader:
 
     def _read_cached(self, file: Reader, request: Request) -> bool:
         """Fill the tensors from the page cache if that holds the whole request, and verify them."""
-        views = [_memory(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
+        views = [memory_at(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
         with self._named(request):
             if not file.read_cached(request.start, views):
                 return False
@@ -269,11 +268,6 @@ def _hand_out(run: Run, number: int, source: int) -> None:
         begin, end = max(use.begin, low), min(use.end, high)
         if use.address and begin < end:
             move(use.address + begin - use.begin, source + begin, end - begin)
-
-
-def _memory(where: int, nbytes: int) -> memoryview:
-    """Return a writable view of a live tensor's bytes."""
-    return memoryview((ctypes.c_char * nbytes).from_address(where)).cast("B")
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:

@@ -85,7 +85,6 @@ class _Receipt(msgspec.Struct, array_like=True):
     """Name of the manifest that ``references`` come from; empty where there are none."""
 
 
-@no_collections()
 def table_of(state: State) -> Table:
     """Return the structure of a state: what the plan depends on."""
     rows = {fqn: Row(leaf.dtype, leaf.shape, leaf.layout) for fqn, leaf in sorted(state.tensors.items())}
@@ -164,7 +163,7 @@ def _attempt(
         written = write_shard(
             store,
             f"{names.step_folder(request.step)}/{path}",
-            agreed.pieces,
+            agreed.placed,
             source,
             rank=agreement.rank,
             world_size=agreement.world_size,

@@ -17,7 +17,6 @@ from distckpt.dcp.planner import Plan, Row
 from distckpt.errors import IncompatibleState, ReplicasDiffer
 from distckpt.format.box_columns import BoxColumns
 from distckpt.format.layout import Layout, Mesh, interned, replicated
-from distckpt.heap import no_collections
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,6 @@ class Table:
     """Object name to kind (``replicated``, ``per_rank``, ``drop_on_resize``, ``groups``)."""
 
 
-@no_collections()
 def encode_table(table: Table) -> bytes:
     """Return canonical bytes; equal tables give equal bytes. Meshes once each, as spans of ranks; boxes as columns."""
     meshes: dict[Mesh, int] = {}
@@ -82,7 +80,6 @@ def _mesh(shape: tuple[int, ...], runs: tuple[tuple[int, int, int], ...]) -> Mes
     return interned(Mesh(shape, tuple(first + i * step for first, count, step in runs for i in range(count))))
 
 
-@no_collections()
 def merge_tables(by_rank: Sequence[Table]) -> Plan:
     """Merge every rank's table into one plan.
 

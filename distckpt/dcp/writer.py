@@ -11,21 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from distckpt import failpoints
 from distckpt.dcp.buffers import copy_bytes
 from distckpt.dcp.parallel import run_all
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
+from distckpt.format.placing import Piece, Placed, place
 from distckpt.format.reuse import Base, reuse, used_files
 from distckpt.format.runs import FileRef
-from distckpt.format.shard import (
-    Extent,
-    Piece,
-    ShardPlan,
-    place_pieces,
-    plan_shard,
-    render_header,
-)
+from distckpt.format.shard import Extent, ShardPlan, plan_shard, render_header
 from distckpt.heap import no_collections
 from distckpt.storage.base import Store, Writer
 from distckpt.storage.direct import ALIGNMENT, POOL, REQUEST, address
@@ -61,8 +57,7 @@ class WrittenShard:
     references: tuple[tuple[FileRef, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True, gc=False):
     """Bytes ``start:stop`` of one piece, which lie at byte ``at`` of a request."""
 
     piece: int
@@ -71,8 +66,7 @@ class _Part:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(msgspec.Struct, frozen=True):
     """Bytes ``offset:offset + size`` of the data region."""
 
     offset: int
@@ -83,7 +77,7 @@ class _Request:
 def write_shard(
     store: Store,
     name: str,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Piece] | Placed,
     source: Source,
     *,
     rank: int,
@@ -103,15 +97,15 @@ def write_shard(
     for every piece twice then. Storage errors come out as they are (``OSError``); the file is then removed where
     possible.
     """
-    pieces = list(pieces)
-    hashing = _Hashing(pieces, source, block, stopped)
+    placed = place(pieces)
+    hashing = _Hashing(placed, source, block, stopped)
     known = None
     if base is not None and base.block == block:
         run_all(hashing, list(_requests(hashing.extents())), threads, "hash")
-        known = reuse(base, pieces, hashing.found)
+        known = reuse(base, placed.pieces, hashing.found)
         failpoints.hit("shard.compared", name)
     plan = plan_shard(
-        pieces, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
+        placed, rank=rank, world_size=world_size, save_id=save_id, objects=dict(objects), block=block, reuse=known
     )
     writer = store.open_writer(name, plan.size)
     job = _Job(writer, plan, hashing, source, hashed=base is not None and base.block == block)
@@ -148,14 +142,14 @@ class _Hashing:
     """Digests of all blocks of a rank's pieces; called on several threads, each request on one."""
 
     @no_collections()
-    def __init__(self, pieces: Sequence[Piece], source: Source, block: int, stopped: Callable[[], str | None]) -> None:
+    def __init__(self, placed: Placed, source: Source, block: int, stopped: Callable[[], str | None]) -> None:
         self._source, self._block, self._stopped = source, block, stopped
-        self._order, _, self._nbytes = place_pieces(pieces)
-        self.found: list[list[str]] = [[""] * digests.block_count(nbytes, block) for nbytes in self._nbytes]
+        self._placed = placed
+        self.found: list[list[str]] = [[""] * digests.block_count(nbytes, block) for nbytes in placed.nbytes]
 
     def extents(self) -> list[Extent]:
         """Return all pieces, as they would follow each other in a file that has them whole."""
-        return [Extent(i, 0, self._nbytes[i]) for i in self._order]
+        return [Extent(i, 0, self._placed.nbytes[i]) for i in self._placed.order]
 
     def views(self, request: _Request) -> list[memoryview]:
         """Return the whole pieces that have a part in the request, each asked for once."""

@@ -67,4 +67,8 @@ def clean_fqn(name: str, *, unwrap: bool = True) -> str:
 
     A model with a real submodule called ``module`` keeps it: pass ``unwrap=False`` for names of unwrapped models.
     """
-    return _WRAPPERS.sub("", name) if unwrap else name
+    if not unwrap or (
+        "module." not in name and "_orig_mod." not in name
+    ):  # every wrapper's name ends so: most have none
+        return name
+    return _WRAPPERS.sub("", name)

@@ -7,6 +7,7 @@ and can rewrite the manifest too (that is what the manifest's signature field is
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final, TypeAlias, TypeGuard
 
 import xxhash
@@ -47,3 +48,8 @@ def block_count(nbytes: int, block: int = BLOCK) -> int:
 def is_digest(text: object) -> TypeGuard[str]:
     """Say whether ``text`` is a digest as ``digest`` writes it: exactly 32 lowercase hex digits."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def are_digests(texts: Iterable[str]) -> bool:
+    """Say whether all of these are digests."""
+    return all(map(_DIGEST.fullmatch, texts))

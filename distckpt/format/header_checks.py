@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distckpt.boxes import Box
 from distckpt.errors import ShardError
-from distckpt.format.digest import block_count, is_digest
+from distckpt.format.digest import are_digests, block_count, is_digest
 from distckpt.format.dtypes import ITEMSIZES, stored_form
 from distckpt.format.limits import MAX_WORLD, name_problem, shape_problem, shown
 from distckpt.format.runs import MAX_FILES, FileRef, Run, file_problem, overlap, run_bytes
@@ -19,6 +19,9 @@ from distckpt.format.shard import MAX_SAVE_ID, ShardHeader, StoredBox, check_blo
 
 if TYPE_CHECKING:
     from distckpt.format.shard_header import Entry, Meta, Reused, Tensor
+
+
+_NO_DIGESTS = "a digest is not 32 lowercase hex digits of xxh3-128"
 
 
 def checked_header(entries: dict[str, Entry], meta: Meta, nbytes: int, file_size: int, where: str) -> ShardHeader:
@@ -61,6 +64,7 @@ def _boxes(
     end, packed = 0, (nbytes, nbytes)
     boxes: list[StoredBox] = []
     whole: dict[str, tuple[str, tuple[int, ...]]] = {}
+    alike: dict[object, Box] = {}
     for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         if start != end or stop < start:
@@ -73,8 +77,9 @@ def _boxes(
                 raise ShardError(f"{where}: $[{shown(key)}]: packed blocks are {stop - start} elements of 'U8'")
             packed = (nbytes + start, nbytes + stop)
             continue
-        box = _box(key, entry, meta.tensors[key], meta.block, nbytes, where)
-        if whole.setdefault(box.fqn, (box.dtype, box.global_shape)) != (box.dtype, box.global_shape):
+        box = _box(key, entry, meta.tensors[key], meta.block, nbytes, where, alike)
+        form = (box.dtype, box.global_shape)
+        if whole.setdefault(box.fqn, form) != form:
             raise ShardError(f"{where}: the boxes of {shown(box.fqn)} disagree on its dtype or global shape")
         boxes.append(box)
     if nbytes + end != file_size:
@@ -82,18 +87,23 @@ def _boxes(
     return boxes, packed
 
 
-def _box(key: str, entry: Entry, tensor: Tensor, block: int, nbytes: int, where: str) -> StoredBox:
+def _box(
+    key: str, entry: Entry, tensor: Tensor, block: int, nbytes: int, where: str, alike: dict[object, Box]
+) -> StoredBox:
+    """Return one checked box. ``alike`` are those of other names found fine: many tensors differ in nothing else."""
     start, stop = entry.data_offsets
-    problem = _problem(key, tensor) or _form_problem(entry, tensor) or _digest_problem(tensor, stop - start, block)
+    shape, digests = tuple(tensor.shape), tuple(tensor.digests)
+    offsets, sizes = tuple(tensor.offsets), tuple(tensor.sizes)
+    form = (tensor.dtype, shape, offsets, sizes, entry.dtype, tuple(entry.shape), stop - start, len(digests))
+    box = alike.get(form)
+    problem = _name_problem(key, tensor.fqn) or (None if are_digests(digests) else _NO_DIGESTS)
+    if box is None and problem is None:
+        problem = _problem(tensor) or _form_problem(entry, tensor) or _count_problem(tensor, stop - start, block)
     if problem is not None:
         raise ShardError(f"{where}: $[{shown(key)}]: {problem}; the header is damaged or hostile")
-    return _stored(key, tensor, nbytes + start, stop - start, ())
-
-
-def _stored(key: str, tensor: Tensor, start: int, nbytes: int, runs: tuple[Run, ...]) -> StoredBox:
-    box = Box(tuple(tensor.offsets), tuple(tensor.sizes))
-    digests = tuple(tensor.digests)
-    return StoredBox(key, tensor.fqn, tensor.dtype, tuple(tensor.shape), box, start, nbytes, digests, runs)
+    if box is None:
+        box = alike[form] = Box(offsets, sizes)
+    return StoredBox(key, tensor.fqn, tensor.dtype, shape, box, nbytes + start, stop - start, digests)
 
 
 def _files(meta: Meta, at: str) -> tuple[FileRef, ...]:
@@ -121,9 +131,10 @@ def _reused(meta: Meta, files: tuple[FileRef, ...], packed: tuple[int, int], whe
     whole = {tensor.fqn: (tensor.dtype, tensor.shape) for tensor in meta.tensors.values()}
     at = packed[0]
     for tensor in meta.reused:
-        problem = "the key stands twice" if tensor.key in seen else _problem(tensor.key, tensor)
+        problem = "the key stands twice" if tensor.key in seen else _name_problem(tensor.key, tensor.fqn)
+        problem = problem or _problem(tensor) or (None if are_digests(tensor.digests) else _NO_DIGESTS)
         nbytes = 0 if problem else math.prod(tensor.sizes) * ITEMSIZES[tensor.dtype]
-        problem = problem or _digest_problem(tensor, nbytes, meta.block) or _runs_problem(tensor, nbytes, meta, files)
+        problem = problem or _count_problem(tensor, nbytes, meta.block) or _runs_problem(tensor, nbytes, meta, files)
         if problem is None and whole.setdefault(tensor.fqn, (tensor.dtype, tensor.shape)) != (
             tensor.dtype,
             tensor.shape,
@@ -134,7 +145,9 @@ def _reused(meta: Meta, files: tuple[FileRef, ...], packed: tuple[int, int], whe
         seen.add(tensor.key)
         runs = tuple(_placed(tensor, files, at, nbytes, meta.block))
         at += sum(run_bytes(run, nbytes, meta.block) for run in runs if run.path is None)
-        found.append(_stored(tensor.key, tensor, -1, nbytes, runs))
+        box, digests = Box(tuple(tensor.offsets), tuple(tensor.sizes)), tuple(tensor.digests)
+        form = tensor.key, tensor.fqn, tensor.dtype, tuple(tensor.shape)
+        found.append(StoredBox(*form, box, -1, nbytes, digests, runs))
     if at != packed[1]:
         raise ShardError(f"{where}: {packed[1] - packed[0]} bytes of packed blocks, boxes use {at - packed[0]}")
     others = [
@@ -180,19 +193,24 @@ def _runs_problem(tensor: Reused, nbytes: int, meta: Meta, files: tuple[FileRef,
     return None
 
 
-def _digest_problem(tensor: Tensor, nbytes: int, block: int) -> str | None:
+def _count_problem(tensor: Tensor, nbytes: int, block: int) -> str | None:
     if len(tensor.digests) != block_count(nbytes, block):
         return f"{len(tensor.digests)} digests for {nbytes} bytes in blocks of {block}"
-    return None if all(map(is_digest, tensor.digests)) else "a digest is not 32 lowercase hex digits of xxh3-128"
+    return None
 
 
-def _problem(key: str, tensor: Tensor) -> str | None:
-    """Say what is wrong with one tensor's name, shape, dtype or box, or return None."""
-    wrong = name_problem(key) or (name_problem(tensor.fqn) if tensor.fqn != key else None)
+def _name_problem(key: str, fqn: str) -> str | None:
+    """Say what is wrong with a box's key and its tensor's name, or return None."""
+    wrong = name_problem(key) or (name_problem(fqn) if fqn != key else None)
     if wrong is not None:
         return f"the name {wrong}"
-    if key != tensor.fqn and not _is_suffixed(key, tensor.fqn):
-        return f"this can't be the key of a box of {shown(tensor.fqn)}"
+    if key != fqn and not _is_suffixed(key, fqn):
+        return f"this can't be the key of a box of {shown(fqn)}"
+    return None
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Say what is wrong with one tensor's shape, dtype or box, or return None."""
     size = ITEMSIZES.get(tensor.dtype)
     if size is None:
         return f"unknown dtype {shown(tensor.dtype)}"

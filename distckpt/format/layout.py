@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import msgspec
+
 from distckpt.boxes import Box, flat_range_to_boxes
 from distckpt.format.box_columns import BoxColumns
 
@@ -131,8 +133,7 @@ class Layout:
             object.__setattr__(self, "explicit", BoxColumns.of(self.explicit))
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, gc=False):
     """A box of the global tensor and where it starts in the rank's own local tensor."""
 
     box: Box

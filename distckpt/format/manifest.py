@@ -18,7 +18,7 @@ from distckpt.format.digest import digest
 from distckpt.format.limits import REUSING, VERSION, Count, check_version
 from distckpt.format.manifest_checks import check_manifest
 from distckpt.format.names import parse_shard_name, shard_name
-from distckpt.format.plain_json import canonical, strict_loads
+from distckpt.format.plain_json import canonical, has_keys_once, strict_loads
 from distckpt.heap import no_collections
 
 FORMAT: Final = "distckpt"
@@ -27,6 +27,7 @@ MAX_MANIFEST: Final = 256 << 20
 
 _HEAD: Final = b'{"digest":"xxh3-128:'
 _MIDDLE: Final = b'","body":'
+_NO_TABLE: Final = b'"tensors":{}'
 _TAIL: Final = b"}\n"
 _FRAME: Final = len(_HEAD) + 32 + len(_MIDDLE)
 _REMEMBERED: Final = 4
@@ -155,8 +156,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, reused=references, version=REUSING)
 
 
+class _Raw(msgspec.Struct, frozen=True):
+    tensors: msgspec.Raw
+
+
 # msgspec 0.22 looks into a type at its first use, and crashes (SIGSEGV) when two threads do so at once.
-msgspec.json.Decoder(Manifest)
+for _type in (Manifest, _Raw, dict[str, TensorEntry]):
+    msgspec.json.Decoder(_type)
 
 
 def layout_text(manifest: Manifest, entry: TensorEntry) -> str:
@@ -176,11 +182,19 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """
     where = f"manifest of step {manifest.step} to be written"
     try:
-        body = canonical(msgspec.to_builtins(manifest))
+        head, table = msgspec.structs.replace(manifest, tensors={}), _table(manifest.tensors)
+        # Keys are sorted, and what follows "tensors" is plain texts and numbers: the last one is the manifest's own.
+        front, _, back = canonical(msgspec.to_builtins(head)).rpartition(_NO_TABLE)
+        body = b"".join((front, b'"tensors":', table, back))
     except (UnserializableState, TypeError, ValueError, OverflowError) as cause:
         raise UnserializableState(f"{where}: {cause}; encode values with typed_json.encode first") from cause
     _parse(body, where)
     return b"".join((_HEAD, digest(body).encode(), _MIDDLE, body, _TAIL))
+
+
+def _table(tensors: dict[str, TensorEntry]) -> bytes:
+    """Return the tensors as ``canonical`` writes them, many times faster: there are no floats in them."""
+    return msgspec.json.encode(tensors, order="sorted")
 
 
 def decode_manifest(data: bytes, *, where: str, step: int | None = None, generation: int | None = None) -> Manifest:
@@ -239,7 +253,8 @@ def _parse(body: bytes | memoryview, where: str) -> Manifest:
 
 def _check(body: bytes | memoryview, where: str) -> Manifest:
     """Return the manifest in a body: JSON, version, types and meaning checked, in this order."""
-    plain = strict_loads(body, where=where, max_bytes=_MAX_BODY)
+    rest, tensors = _split(bytes(body)) or (body, None)
+    plain = strict_loads(rest, where=where, max_bytes=_MAX_BODY)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ManifestError(f"{where}: $.format is not {FORMAT!r}; this is no manifest of a checkpoint")
     check_version(plain.get("version"), where=f"{where}: $", error=ManifestError)
@@ -247,5 +262,27 @@ def _check(body: bytes | memoryview, where: str) -> Manifest:
         manifest = msgspec.convert(plain, type=Manifest, strict=True)
     except msgspec.ValidationError as cause:
         raise ManifestError(f"{where}: {cause}; the manifest is damaged or hostile") from cause
+    if tensors is not None:
+        manifest = msgspec.structs.replace(manifest, tensors=tensors)
     check_manifest(manifest, where)
     return manifest
+
+
+def _split(body: bytes) -> tuple[bytes, dict[str, TensorEntry]] | None:
+    """Return a body without its tensors, and those, or None where it is not certain that no key of theirs stands twice.
+
+    They are nearly all of a manifest, and going straight into their types is a tenth of the work of ``strict_loads``.
+    """
+    if len(body) > _MAX_BODY:
+        return None
+    try:
+        table = bytes(msgspec.json.decode(body, type=_Raw).tensors)
+        tensors = msgspec.json.decode(table, type=dict[str, TensorEntry])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
+    whole = b'"tensors":' + table
+    keys = len(tensors) * (1 + len(TensorEntry.__struct_fields__))
+    # With "boxes", which may be left out, in each of them and first, no other key can be missing for one that stands twice.
+    if body.count(whole) != 1 or table.count(b':{"boxes":') != len(tensors) or not has_keys_once(table, keys):
+        return None
+    return body.replace(whole, _NO_TABLE), tensors

@@ -14,8 +14,9 @@ from typing import Final
 
 from distckpt.boxes import Box
 from distckpt.format.dtypes import itemsize
+from distckpt.format.placing import Piece
 from distckpt.format.runs import FileRef, Run, joined, place, run_bytes
-from distckpt.format.shard import Piece, Reuse, StoredBox
+from distckpt.format.shard import Reuse, StoredBox
 
 MOST_FILES: Final = 32
 """Files that a shard refers to at most: bounds headers, the manifest, and what a removal has to look at."""

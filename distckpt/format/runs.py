@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
+
+import msgspec
 
 from distckpt.format import names
 
@@ -18,8 +19,7 @@ HINT: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class FileRef:
+class FileRef(msgspec.Struct, frozen=True, order=True, gc=False):
     """A shard of an earlier checkpoint under the same root: its path from the root, its size, its header's digest."""
 
     path: str
@@ -27,8 +27,7 @@ class FileRef:
     header: str
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True, gc=False):
     """Blocks ``first`` to ``first + count`` of a box, which lie together from byte ``start`` of a file.
 
     ``path`` is the file's name on the store; None: the shard itself, which has written them.

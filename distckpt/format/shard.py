@@ -9,19 +9,20 @@ blocks are in the file, packed into one U8 entry at its end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import msgspec
+
 from distckpt.boxes import Box
 from distckpt.errors import SaveFailed, UnserializableState
 from distckpt.format.digest import BLOCK, block_count
-from distckpt.format.dtypes import itemsize
-from distckpt.format.limits import MAX_WORLD, name_problem, shape_problem, shown
+from distckpt.format.limits import MAX_WORLD, shown
+from distckpt.format.placing import Piece, Placed, offsets_of, place
 from distckpt.format.plain_json import canonical, strict_loads
 from distckpt.format.runs import FileRef, Run, run_bytes
-from distckpt.format.shard_json import header_json
+from distckpt.format.shard_json import header_json, header_length
 from distckpt.heap import no_collections
 
 ALIGNMENT: Final = 4096
@@ -34,21 +35,8 @@ MAX_BLOCK: Final = 8 << 20
 PACKED: Final = "distckpt.blocks"
 """Key of the entry that holds the changed blocks of partly reused boxes (a number follows where a tensor has it)."""
 
-_NO_DIGEST: Final = "0" * 32
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One box to be written: elements ``box`` of the tensor ``fqn`` of shape ``global_shape``, row-major."""
-
-    fqn: str
-    dtype: str
-    global_shape: tuple[int, ...]
-    box: Box
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBox:
+class StoredBox(msgspec.Struct, frozen=True, gc=False):
     """One box in a shard: ``nbytes`` bytes from absolute file offset ``start``, a digest per block.
 
     A box that is not in one piece in this file has ``runs`` instead, which say where its blocks are, and ``start`` -1.
@@ -96,8 +84,7 @@ class Reuse:
     files: tuple[FileRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(msgspec.Struct, frozen=True, gc=False):
     """Bytes ``start:stop`` of one piece that follow each other in the file."""
 
     piece: int
@@ -114,10 +101,8 @@ class ShardPlan:
     other in the file, ``extents`` all that is written, back to back from ``data_start``.
     """
 
-    pieces: tuple[Piece, ...]
-    keys: tuple[str, ...]
+    placed: Placed
     starts: tuple[int, ...]
-    nbytes: tuple[int, ...]
     order: tuple[int, ...]
     data_start: int
     size: int
@@ -133,10 +118,25 @@ class ShardPlan:
     packed: tuple[str, int] | None = None
     """Key and bytes of the entry that holds the extents of pieces with runs; it is the last in the file."""
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The boxes that are written."""
+        return self.placed.pieces
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Their names in the file."""
+        return self.placed.keys
+
+    @property
+    def nbytes(self) -> tuple[int, ...]:
+        """Their bytes."""
+        return self.placed.nbytes
+
 
 @no_collections()
 def plan_shard(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Piece] | Placed,
     *,
     rank: int,
     world_size: int,
@@ -147,21 +147,23 @@ def plan_shard(
 ) -> ShardPlan:
     """Lay out a shard; a pure function of its arguments, so equal input gives equal offsets on any rank.
 
-    Larger items come first (stable otherwise): every box is aligned to its item size without holes, which
-    safetensors forbids. ``objects`` are plain JSON (``typed_json.encode``); ``block`` is the number of bytes
-    per digest, a multiple of 16 in [4096, 8 MiB]. ``reuse`` says what lies in earlier checkpoints and is left out.
+    ``objects`` are plain JSON (``typed_json.encode``); ``block`` is the number of bytes per digest, a multiple of 16 in
+    [4096, 8 MiB]. ``reuse`` says what lies in earlier checkpoints and is left out.
 
-    Raises ``IncompatibleState`` (unknown dtype), ``UnserializableState`` (name or object that can't be
-    stored), ``SaveFailed`` (header over 100 MB), ``ValueError`` (box outside its tensor, bad rank or block).
+    Raises as ``place`` does, and ``UnserializableState`` (object that can't be stored), ``SaveFailed`` (header over
+    100 MB), ``ValueError`` (bad rank or block).
     """
     check_block(block)
     if not 0 <= rank < world_size <= MAX_WORLD:
         raise ValueError(f"rank {rank} of {world_size} (at most {MAX_WORLD} ranks)")
     if not len(save_id) <= MAX_SAVE_ID or not save_id.isascii():
         raise ValueError(f"save id {shown(save_id)}: at most {MAX_SAVE_ID} ASCII characters")
-    keys = _keys(pieces)
-    runs = reuse.runs if reuse is not None else ((),) * len(pieces)
-    order, relative, nbytes = place_pieces(pieces, runs)
+    placed = place(pieces)
+    keys, nbytes, order, relative = placed.keys, placed.nbytes, placed.order, placed.offsets
+    runs = reuse.runs if reuse is not None else ((),) * len(keys)
+    if reuse is not None:
+        order = tuple(i for i in order if not runs[i])
+        relative = offsets_of(order, nbytes)
     whole = sum(nbytes[i] for i in order)
     own = [
         Extent(i, run.first * block, run.first * block + run_bytes(run, nbytes[i], block))
@@ -172,11 +174,9 @@ def plan_shard(
     packed = sum(extent.stop - extent.start for extent in own)
     end = whole + packed
     draft = ShardPlan(
-        pieces=tuple(pieces),
-        keys=keys,
-        starts=tuple(relative),
-        nbytes=tuple(nbytes),
-        order=tuple(order),
+        placed=placed,
+        starts=relative,
+        order=order,
         data_start=0,
         size=end,
         block=block,
@@ -189,18 +189,17 @@ def plan_shard(
         extents=(*(Extent(i, 0, nbytes[i]) for i in order if nbytes[i]), *own),
         packed=(_free_key(PACKED, keys), packed) if packed else None,
     )
-    dummies = [[_NO_DIGEST] * block_count(size, block) for size in nbytes]
-    data_start = -(-(8 + len(header_json(draft, dummies))) // ALIGNMENT) * ALIGNMENT
+    data_start = -(-(8 + header_length(draft)) // ALIGNMENT) * ALIGNMENT
     if data_start - 8 > MAX_HEADER:
         raise SaveFailed(
-            f"rank {rank}: header of {data_start} bytes for {len(pieces)} boxes, "
-            f"{sum(map(len, dummies))} digests and {len(draft.objects)} bytes of objects; "
+            f"rank {rank}: header of {data_start} bytes for {len(keys)} boxes, "
+            f"{sum(block_count(size, block) for size in nbytes)} digests and {len(draft.objects)} bytes of objects; "
             f"safetensors allows {MAX_HEADER}. "
             f"Use larger blocks than {block} bytes (up to {MAX_BLOCK}) or store large objects as tensors"
         )
     starts = tuple(data_start + at if at >= 0 else -1 for at in relative)
-    placed = _placed_runs(runs, nbytes, data_start + whole, block)
-    return replace(draft, starts=starts, runs=placed, data_start=data_start, size=data_start + end)
+    own_runs = _placed_runs(runs, nbytes, data_start + whole, block)
+    return replace(draft, starts=starts, runs=own_runs, data_start=data_start, size=data_start + end)
 
 
 def _placed_runs(
@@ -228,23 +227,6 @@ def stored_boxes(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> tuple[Sto
             plan.keys, plan.pieces, plan.starts, plan.nbytes, digests, plan.runs, strict=True
         )
     )
-
-
-def place_pieces(
-    pieces: Sequence[Piece], runs: Sequence[Sequence[Run]] | None = None
-) -> tuple[list[int], list[int], list[int]]:
-    """Return (order in the file, offset in the data region by piece, bytes by piece): back to back, aligned.
-
-    Pieces with runs are not in the order, and at -1.
-    """
-    nbytes = [_piece_nbytes(piece) for piece in pieces]
-    whole = [i for i in range(len(pieces)) if runs is None or not runs[i]]
-    order = sorted(whole, key=lambda i: -itemsize(pieces[i].dtype))
-    relative, end = [-1] * len(pieces), 0
-    for i in order:
-        relative[i] = end
-        end += nbytes[i]
-    return order, relative, nbytes
 
 
 @no_collections()
@@ -278,31 +260,6 @@ def check_block(block: int) -> None:
         raise ValueError(f"block of {block} bytes: must be a multiple of 16 in [{MIN_BLOCK}, {MAX_BLOCK}]")
 
 
-def _keys(pieces: Sequence[Piece]) -> tuple[str, ...]:
-    """Return the safetensors key of each piece: its FQN; for further boxes ``#1``, ``#2``, ... where free."""
-    taken = {piece.fqn for piece in pieces}
-    counts: dict[str, int] = {}
-    whole: dict[str, tuple[str, tuple[int, ...]]] = {}
-    keys = []
-    for piece in pieces:
-        fqn, key = piece.fqn, piece.fqn
-        if whole.setdefault(fqn, (piece.dtype, piece.global_shape)) != (piece.dtype, piece.global_shape):
-            raise ValueError(f"{shown(fqn)}: its boxes disagree on its dtype or global shape")
-        if fqn in counts:
-            # `w#1` may be a tensor's own name: skip it, the FQN in our metadata tells them apart.
-            while key in taken:
-                counts[fqn] += 1
-                key = f"{fqn}#{counts[fqn]}"
-            taken.add(key)
-        else:
-            counts[fqn] = 0
-        problem = name_problem(key)
-        if problem is not None:
-            raise UnserializableState(f"tensor name {shown(fqn)} {problem}; rename it in the state")
-        keys.append(key)
-    return tuple(keys)
-
-
 def _free_key(key: str, taken: Sequence[str]) -> str:
     """Return the key, or with a number after it that makes it differ from those taken."""
     every, found, number = set(taken), key, 0
@@ -310,16 +267,3 @@ def _free_key(key: str, taken: Sequence[str]) -> str:
         number += 1
         found = f"{key}#{number}"
     return found
-
-
-def _piece_nbytes(piece: Piece) -> int:
-    size = itemsize(piece.dtype)
-    problem = shape_problem(piece.global_shape, size)
-    if problem is not None:
-        raise ValueError(f"{shown(piece.fqn)}: shape {problem}")
-    box, shape = piece.box, piece.global_shape
-    if box.ndim != len(shape) or any(
-        o < 0 or s < 0 or o + s > g for o, s, g in zip(box.offsets, box.sizes, shape, strict=True)
-    ):
-        raise ValueError(f"{shown(piece.fqn)}: {box} lies outside shape {shape}")
-    return math.prod(box.sizes) * size

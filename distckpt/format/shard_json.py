@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from distckpt.format.digest import block_count
 from distckpt.format.dtypes import itemsize, safetensors_tag, stored_form
 from distckpt.format.limits import REUSING, VERSION
 
 if TYPE_CHECKING:
     from distckpt.format.shard import ShardPlan
+
+
+_NO_DIGEST = "0" * 32
 
 
 class _Entry(msgspec.Struct, gc=False):
@@ -41,23 +46,68 @@ def _stored_offsets(dtype: str, offsets: tuple[int, ...]) -> tuple[int, ...]:
     return (*offsets[:-1], offsets[-1] * itemsize(dtype)) if offsets else (0,)
 
 
-def header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
-    """Return the JSON without padding; ``__metadata__`` first, then the tensors in file order."""
-    tensors: dict[str, _Tensor] = {}
+def header_length(plan: ShardPlan) -> int:
+    """Return the length of a header's JSON; digests are equally long, so it is known before any is made.
+
+    Of a shard that is written whole all but two texts are known from the save before.
+    """
+    key = (plan.block, plan.rank, plan.world_size)
+    if not _is_whole(plan):
+        return _draft_length(plan)
+    known: int | None = plan.placed.constant.get(key)
+    if known is None:
+        known = plan.placed.constant[key] = _draft_length(replace(plan, save_id="", objects=b"0")) - 1
+    return known + _escaped(msgspec.json.encode(plan.save_id)[1:-1]) + _escaped(plan.objects)
+
+
+def _draft_length(plan: ShardPlan) -> int:
+    return len(header_json(plan, [[_NO_DIGEST] * block_count(size, plan.block) for size in plan.nbytes]))
+
+
+def _is_whole(plan: ShardPlan) -> bool:
+    """Whether all of its pieces are written."""
+    return plan.order is plan.placed.order
+
+
+def _escaped(text: bytes) -> int:
+    """Return how many bytes a text takes within a JSON string."""
+    return len(msgspec.json.encode(text.decode())) - 2
+
+
+def _lists(plan: ShardPlan) -> tuple[bytes, str]:
+    """Return the JSON of the tensors as safetensors has them, in file order, and of DCP's sharding.
+
+    Both are the same in every save of the same pieces, unless blocks are reused.
+    """
+    known: tuple[bytes, str] | None = plan.placed.constant.get(_lists) if _is_whole(plan) else None
+    if known is not None:
+        return known
     sharding: dict[str, dict[str, tuple[int, ...]]] = {}
-    entries: dict[str, Any] = {"__metadata__": None}
+    entries: dict[str, _Entry] = {}
     for i in plan.order:
         piece, key, start = plan.pieces[i], plan.keys[i], plan.starts[i] - plan.data_start
-        box, dtype = piece.box, piece.dtype
-        tensors[key] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, dtype, digests[i])
-        tag, shape = stored_form(dtype, box.sizes)
-        sharding[key] = {"saved_offsets": _stored_offsets(dtype, box.offsets)}
+        tag, shape = stored_form(piece.dtype, piece.box.sizes)
+        sharding[key] = {"saved_offsets": _stored_offsets(piece.dtype, piece.box.offsets)}
         entries[key] = _Entry(tag, shape, (start, start + plan.nbytes[i]))
     if plan.packed is not None:
         key, nbytes = plan.packed
         start = plan.size - plan.data_start - nbytes
         sharding[key] = {"saved_offsets": (0,)}
         entries[key] = _Entry("U8", (nbytes,), (start, start + nbytes))
+    found = msgspec.json.encode(entries), msgspec.json.encode(sharding).decode()
+    if _is_whole(plan):
+        plan.placed.constant[_lists] = found
+    return found
+
+
+def header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
+    """Return the JSON without padding; ``__metadata__`` first, then the tensors in file order."""
+    entries, sharding = _lists(plan)
+    tensors: dict[str, _Tensor] = {}
+    for i in plan.order:
+        piece = plan.pieces[i]
+        box = piece.box
+        tensors[plan.keys[i]] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, piece.dtype, digests[i])
     reused = _reused_json(plan, digests)
     ours = {
         "version": REUSING if reused else VERSION,
@@ -73,13 +123,14 @@ def header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
         ours["files"] = [[file.path, file.size, file.header] for file in plan.files]
     if plan.packed is not None:
         ours["packed"] = plan.packed[0]
-    entries["__metadata__"] = {
+    metadata = {
         "format": "pt",
         "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": msgspec.json.encode(sharding).decode(),
+        "DCP_SHARDING_INFO": sharding,
         "distckpt": msgspec.json.encode(ours).decode(),
     }
-    return msgspec.json.encode(entries)
+    head = msgspec.json.encode({"__metadata__": metadata})
+    return head if entries == b"{}" else b"".join((head[:-1], b",", entries[1:]))
 
 
 def _reused_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> list[_Reused]:

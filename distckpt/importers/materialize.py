@@ -19,7 +19,8 @@ from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.flat_reader import fill_flat
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest, ShardEntry
-from distckpt.format.shard import Piece, plan_shard
+from distckpt.format.placing import Piece
+from distckpt.format.shard import plan_shard
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import verify
 from distckpt.importers.commit_source import new_generation

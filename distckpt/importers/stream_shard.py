@@ -12,7 +12,8 @@ from distckpt.dcp.parallel import run_all
 from distckpt.errors import AgreementError
 from distckpt.export.stream import CHUNK, Progress, Stream
 from distckpt.format import digest as digests
-from distckpt.format.shard import Piece, ShardPlan, plan_shard, render_header
+from distckpt.format.placing import Piece
+from distckpt.format.shard import ShardPlan, plan_shard, render_header
 from distckpt.storage.base import Store, Writer
 from distckpt.storage.direct import ALIGNMENT, POOL
 

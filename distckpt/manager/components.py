@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import torch
 
 from distckpt.config import CheckpointConfig
@@ -166,7 +166,7 @@ def _merge(state: State, offered: State) -> None:
         if target in state.tensors and _same_memory(state.tensors[target], leaf):
             state.aliases[name] = target
         else:
-            state.add_leaf(replace(leaf, fqn=name))
+            state.add_leaf(msgspec.structs.replace(leaf, fqn=name))
     for alias, target in offered.aliases.items():
         state.aliases[alias] = state.aliases.get(target, target)
     for single in offered.objects.values():

@@ -25,6 +25,7 @@ from distckpt.errors import (
 from distckpt.format.catalog import find_checkpoint
 from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
 from distckpt.format.manifest import Manifest, reread_manifest
+from distckpt.heap import no_collections
 from distckpt.manager.components import Components
 from distckpt.manager.display import progress_bar, show_resume
 from distckpt.manager.exchange import Opening, read_small
@@ -59,6 +60,7 @@ class Loader:
         self.loaded: Manifest | None = None
         """Manifest of what was loaded last."""
 
+    @no_collections()
     def newest(self, key: str, options: LoadOptions) -> LoadReport | None:
         """Load the newest checkpoint of the lineage that every rank can load; None where there is none at all."""
         names = self._ask(
@@ -87,6 +89,7 @@ class Loader:
             )
         return None
 
+    @no_collections()
     def chosen(self, which: str | int, key: str, options: LoadOptions) -> tuple[LoadReport, bool]:
         """Load what was asked for; returns the report and whether it lies in this manager's own root."""
 

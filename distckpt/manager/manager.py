@@ -16,6 +16,7 @@ from distckpt.engines.choose import engine_for
 from distckpt.errors import AgreementError, ConfigError, SaveFailed, StaleGeneration
 from distckpt.format import names
 from distckpt.format.lineage import Committed
+from distckpt.heap import no_collections
 from distckpt.manager.components import Components
 from distckpt.manager.fence import StepFence
 from distckpt.manager.history import MetricsHistory
@@ -182,15 +183,14 @@ class CheckpointManager:
             if self.config.save_best_only and not urgent and not self._is_best(step, metrics):
                 return None
             self._saves += 1
-            background = self.config.async_save and not urgent
             stored = {"epoch": epoch, "metrics": metrics, "config": model_config}
-            job = self._job(step, stored, extra_state, background)
-            if background:
-                self._saver.submit(job, str(step), self.pipeline.hurry)
-                self._submitted = True
-            else:
-                job()
-                self.failures = 0
+            with no_collections():  # until what was made for this save is let go of again
+                if self.config.async_save and not urgent:
+                    self._saver.submit(self._job(step, stored, extra_state, True), str(step), self.pipeline.hurry)
+                    self._submitted = True
+                else:
+                    self._job(step, stored, extra_state, False)()
+                    self.failures = 0
         except SaveFailed as error:
             self._failed(error)
             return None

@@ -15,11 +15,12 @@ from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreed import AgreedPlan, agree_plan
 from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.buffers import HostBytes
 from distckpt.dcp.full import GatheredSource, gather_tensors
 from distckpt.dcp.incremental import Chain
 from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
-from distckpt.dcp.replicas import host_bytes, tensor_claims
+from distckpt.dcp.replicas import tensor_claims
 from distckpt.dcp.saving import SaveRequest, encode_objects, save_error, table_of, write_and_commit
 from distckpt.dcp.writer import Source
 from distckpt.engines.base import Engine, StepBound
@@ -33,7 +34,6 @@ from distckpt.errors import (
 )
 from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
-from distckpt.heap import no_collections
 from distckpt.manager.components import Components
 from distckpt.manager.staging import StagingArena
 from distckpt.manager.state_copy import StateCopy
@@ -87,7 +87,7 @@ class SavePipeline:
         """
         key, full = request.save_id, self.config.mode == "full"
         try:
-            with self.agreement.guard(f"{key}/plan"), no_collections():
+            with self.agreement.guard(f"{key}/plan"):
                 state = self.engine.state(optimizer=self.config.save_optimizer)
                 self.components.add_to(state, extra_state)
                 objects = encode_objects(state)
@@ -153,15 +153,15 @@ class SavePipeline:
     def _stage(self, agreed: AgreedPlan, state: State) -> Source:
         """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
         views = _views(agreed, state)
-        if self.config.async_save or any(v.device.type != "cpu" for v in views):
-            return self.arena.stage(agreed.pieces, views)
-        return [host_bytes(view) for view in views].__getitem__
+        if self.config.async_save or not all(view.is_cpu for view in views):
+            return self.arena.stage(agreed.placed, views)
+        return HostBytes(views)
 
     def _begin(self, agreed: AgreedPlan, state: State) -> StateCopy:
         """Copy what forward and backward passes may change; return what is left to copy before the next step."""
         assert isinstance(self.engine, StepBound)
         settled = (self.engine.settled(state) | self.components.settled(state)) - self._restless
-        return self.arena.begin(agreed.pieces, _views(agreed, state), settled)
+        return self.arena.begin(agreed.placed, _views(agreed, state), settled)
 
     def _copy_and_write(self, agreed: AgreedPlan, request: SaveRequest, copy: StateCopy) -> str:
         """Copy while training goes on, then write; a copy that went wrong fails the save on all ranks."""

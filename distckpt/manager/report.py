@@ -35,9 +35,8 @@ class LoadOptions:
             return False
         if not self.load_rng_state and name == RNG:
             return False
-        return any(fnmatch.fnmatchcase(name, p) for p in self.include) and not any(
-            fnmatch.fnmatchcase(name, p) for p in self.exclude
-        )
+        included = self.include == ("*",) or any(fnmatch.fnmatchcase(name, p) for p in self.include)
+        return included and not any(fnmatch.fnmatchcase(name, p) for p in self.exclude)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,6 @@ from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
-from distckpt.heap import no_collections
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
 from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
 from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
@@ -132,7 +131,6 @@ def _together(
     return list(combined)
 
 
-@no_collections()
 def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     reader, options, manifest = load.reader, load.options, load.reader.manifest
     saved = {fqn: (entry.dtype, tuple(entry.shape)) for fqn, entry in manifest.tensors.items()}
@@ -165,7 +163,6 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-@no_collections()
 def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[Request]:
     report, state, options = matched.report, matched.state, load.options
     report.unexpected = sorted(unexpected)

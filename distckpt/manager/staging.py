@@ -12,7 +12,7 @@ import torch
 
 from distckpt.dcp.parallel import local_ranks, processors
 from distckpt.dcp.writer import Staged
-from distckpt.format.shard import Piece, place_pieces
+from distckpt.format.placing import Piece, Placed, place
 from distckpt.manager.state_copy import CHUNK, StateCopy, Streams, Task, Watch
 from distckpt.storage.direct import ALIGNMENT, anonymous
 
@@ -26,7 +26,6 @@ class StagingArena:
     def __init__(self) -> None:
         self._image = torch.empty(0, dtype=torch.uint8)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._placed: tuple[Sequence[Piece], list[int], list[int]] = ((), [], [])
         self.allocations = 0
         """How often the buffer had to grow; a steady job has 1."""
         self.copied_at_once = 0
@@ -37,7 +36,7 @@ class StagingArena:
         """Bytes of host memory held."""
         return self._image.numel()
 
-    def stage(self, pieces: Sequence[Piece], views: Sequence[torch.Tensor]) -> Staged:
+    def stage(self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor]) -> Staged:
         """Copy the pieces' tensors (any device, any strides) into an image of the shard's data region.
 
         On return the copies are complete: the caller may change the originals. Work already queued on the current
@@ -47,7 +46,9 @@ class StagingArena:
         now.synchronize()
         return now.staged
 
-    def begin(self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str] = ()) -> StateCopy:
+    def begin(
+        self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str] = ()
+    ) -> StateCopy:
         """Copy as ``stage`` does, except for the tensors named in ``settled``: what is returned is left to copy them.
 
         Until its ``settle`` has returned those may not be changed. Tensors of which torch would not tell whether they
@@ -62,10 +63,11 @@ class StagingArena:
         self._image = torch.empty(0, dtype=torch.uint8)
 
     def _copies(
-        self, pieces: Sequence[Piece], views: Sequence[torch.Tensor], settled: Collection[str]
+        self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str]
     ) -> tuple[StateCopy, StateCopy]:
         """Return what is copied by now, except on side streams, and what is left."""
-        starts, sizes = self._place(pieces)
+        placed = place(pieces)
+        starts, sizes = placed.offsets, placed.nbytes
         total = sum(sizes)
         self._reserve(total, pinned=any(view.is_cuda for view in views))
         streams = self._side_streams(views)
@@ -73,7 +75,7 @@ class StagingArena:
         staged = Staged(tuple(image[s : s + n] for s, n in zip(starts, sizes, strict=True)), image)
         now: list[Task] = []
         later: list[Task] = []
-        for piece, view, start, size in zip(pieces, views, starts, sizes, strict=True):
+        for piece, view, start, size in zip(placed.pieces, views, starts, sizes, strict=True):
             if size:
                 wait = piece.fqn in settled and view.device.type in ("cpu", "cuda") and not view.is_inference()
                 (later if wait else now).append((piece.fqn, view, start, size))
@@ -81,12 +83,6 @@ class StagingArena:
         at_once = StateCopy(now, self._image, streams, staged)
         at_once.run(min(copy_threads(), -(-self.copied_at_once // CHUNK)))
         return at_once, StateCopy(later, self._image, streams, staged, Watch(later))
-
-    def _place(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
-        if self._placed[0] is not pieces:  # a steady job keeps its plan
-            _, starts, sizes = place_pieces(pieces)
-            self._placed = (pieces, starts, sizes)
-        return self._placed[1:]
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):

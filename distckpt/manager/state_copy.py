@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 
 from distckpt import clock, failpoints
-from distckpt.dcp.buffers import move
+from distckpt.dcp.buffers import is_plain_memory, move
 from distckpt.dcp.parallel import run_all
 from distckpt.dcp.writer import Staged
 from distckpt.errors import SnapshotFailed
@@ -43,7 +43,7 @@ class Watch:
         self._versions = [(fqn, tensor, tensor._version) for fqn, tensor, *_ in tasks]
         step = max(1, len(tasks) // SAMPLES)
         self._words = [
-            (fqn, tensor, _middle_word(tensor)) for fqn, tensor, *_ in tasks[::step] if _is_plain_memory(tensor)
+            (fqn, tensor, _middle_word(tensor)) for fqn, tensor, *_ in tasks[::step] if is_plain_memory(tensor)
         ]
 
     def changed(self) -> list[str]:
@@ -225,7 +225,7 @@ def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:
     filled = 0
     for fqn, tensor, start, nbytes in tasks:
         done = 0
-        if not _is_plain_memory(tensor):
+        if not is_plain_memory(tensor):
             chunk.append((fqn, tensor, None, start, nbytes))
             filled, done = filled + nbytes, nbytes
         while done < nbytes:
@@ -240,11 +240,6 @@ def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:
             chunk, filled = [], 0
     if chunk:
         yield chunk
-
-
-def _is_plain_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's bytes lie in host memory in order, as they are."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _middle_word(tensor: torch.Tensor) -> bytes:

@@ -178,7 +178,7 @@ class Residency:
     def _all(self, first: int, pages: int) -> bool:
         found = ctypes.create_string_buffer(pages)
         start = self._start + first * mmap.PAGESIZE
-        return _libc.mincore(start, pages * mmap.PAGESIZE, found) == 0 and all(map((1).__and__, found.raw))
+        return _libc.mincore(start, pages * mmap.PAGESIZE, found) == 0 and _resident(found.raw) == pages
 
     def pages(self) -> int:
         """Count the file's pages that are in memory, from its start to its end. Raises ``OSError`` if nobody can tell."""
@@ -186,7 +186,7 @@ class Residency:
         found = ctypes.create_string_buffer(count)
         if count and (self._start == _MAP_FAILED or _libc.mincore(self._start, self._size, found) != 0):
             raise OSError("mincore(2) does not say what of the file is in the page cache")
-        return sum(map((1).__and__, found.raw))
+        return _resident(found.raw)
 
     def distrust(self) -> None:
         """Answer no from now on: an answer was wrong."""
@@ -197,6 +197,12 @@ class Residency:
         start, self._start = self._start, _MAP_FAILED
         if start != _MAP_FAILED:
             _libc.munmap(start, self._size)
+
+
+def _resident(found: bytes) -> int:
+    """Count the bytes with the lowest bit set; the others mean nothing, and are 0 on every kernel so far."""
+    ones = found.count(1)
+    return ones if ones + found.count(0) == len(found) else sum(map((1).__and__, found))
 
 
 def read_resident(fd: int, views: Sequence[memoryview], offset: int) -> bool:

@@ -13,7 +13,7 @@ from distckpt import failpoints, open_checkpoint
 from distckpt.boxes import Box
 from distckpt.dcp.leaves import dtype_name
 from distckpt.dcp.writer import Staged
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 from distckpt.manager import staging, state_copy
 from distckpt.manager.staging import StagingArena
 from distckpt.storage.direct import HUGE_PAGE, address
@@ -31,7 +31,14 @@ def tensors(device: str, seed: int = 0) -> list[torch.Tensor]:
         return out
     moved = [t.contiguous().to(device) for t in out[: len(DTYPES)]]
     on_device = wide.to(device)
-    return [*moved, on_device.t(), on_device[:, ::2], on_device[1:1], out[-2].to(device), out[-1][:, :1].to(device).expand(3, 4)]
+    return [
+        *moved,
+        on_device.t(),
+        on_device[:, ::2],
+        on_device[1:1],
+        out[-2].to(device),
+        out[-1][:, :1].to(device).expand(3, 4),
+    ]
 
 
 def pieces_of(views: list[torch.Tensor]) -> list[Piece]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from distckpt.boxes import Box
 from distckpt.errors import DistckptError, ShardError, UnsupportedVersion
-from distckpt.format.shard import Piece, plan_shard, render_header
+from distckpt.format.placing import Piece
+from distckpt.format.shard import plan_shard, render_header
 from distckpt.format.shard_header import parse_header
 
 Header = dict[str, Any]

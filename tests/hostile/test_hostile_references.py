@@ -20,9 +20,10 @@ from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.digest import block_digests, digest
 from distckpt.format.lineage import Committed, list_committed
 from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntry
+from distckpt.format.placing import Piece
 from distckpt.format.reuse import Base, base_of, reuse, used_files
 from distckpt.format.runs import FileRef
-from distckpt.format.shard import Piece, plan_shard, render_header, stored_boxes
+from distckpt.format.shard import plan_shard, render_header, stored_boxes
 from distckpt.format.shard_header import parse_header
 from distckpt.format.verify import verify
 from distckpt.storage import PosixStore
@@ -76,7 +77,9 @@ def spoiled(header: bytes, spoil: Callable[[Ours], None]) -> bytes:
     return header[:8] + text.ljust(len(header) - 8)
 
 
-def build(root: Path, spoil: Callable[[Ours], None] = lambda ours: None, steps: int = 2) -> tuple[PosixStore, Committed]:
+def build(
+    root: Path, spoil: Callable[[Ours], None] = lambda ours: None, steps: int = 2
+) -> tuple[PosixStore, Committed]:
     """Return a root of two or three checkpoints: in each of the later ones one more block of ``a`` has changed."""
     store = PosixStore(root)
     data, base = [octets(1, 4), octets(2, 2)], None

@@ -21,6 +21,7 @@ from distckpt.format.manifest import (
     decode_manifest,
     encode_manifest,
 )
+from distckpt.format.plain_json import canonical
 
 ATTEMPT = "g000003-1a2b3c4d"
 
@@ -100,6 +101,52 @@ def test_values_survive(step: int, epoch: float | None, metrics: dict[str, float
     after = decode_manifest(encode_manifest(before), where="m", step=step)
     assert after == before
     assert type(after.epoch) is type(epoch)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 2**40), max_size=3), max_size=5))
+def test_tensors_are_written_as_the_rest_of_the_body_is(shapes: dict[str, list[int]]) -> None:
+    tensors = {n: TensorEntry(dtype="int8", shape=s, mesh=0, placements=["R", "R"]) for n, s in shapes.items()}
+    try:
+        data = encode_manifest(manifest(tensors=tensors, aliases={}, config={"tensors": {}, "a": {"tensors": {}}}))
+    except ManifestError:  # a name or size that no tensor may have
+        return
+    body = json.loads(data)["body"]
+    assert canonical(body) in data
+    assert decode_manifest(data, where="here").tensors == tensors
+
+
+def test_tensors_that_are_read_at_once_are_those_that_are_read_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_manifest(manifest())
+    body = data[data.index(b'"body":') + 7 : -2]
+    rest, tensors = manifest_module._split(body)
+    assert tensors == manifest().tensors
+    assert b"float64" not in rest
+    monkeypatch.setattr(manifest_module, "_split", lambda body: None)
+    manifest_module._parsed.clear()
+    assert decode_manifest(data, where="here") == manifest()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        (b'"dtype":"bfloat16"', b'"dtype":"int8","dtype":"bfloat16"'),
+        (b'"boxes":null,"dtype":"bfloat16"', b'"dtype":"int8","dtype":"bfloat16"'),
+        (b'"boxes":null,"dtype":"bfloat16"', b'"boxes":null,"boxes":null,"dtype":"bfloat16"'),
+        (
+            b'"model.b":{',
+            b'"model.b":{"boxes":null,"dtype":"int8","mesh":0,"placements":["R","R"],"shape":[]},"model.b":{',
+        ),
+        (b'"model.b":{', b'"model.\\u0062":{'),
+        (b'"model.b":{', b'"model.b" :{'),
+    ],
+)
+def test_what_may_hide_a_key_twice_is_not_read_at_once(spoil: tuple[bytes, bytes]) -> None:
+    data = encode_manifest(manifest())
+    body = data[data.index(b'"body":') + 7 : -2]
+    assert spoil[0] in body
+    assert manifest_module._split(body) is not None
+    assert manifest_module._split(body.replace(*spoil)) is None
 
 
 def test_one_shard_may_hold_a_whole_world() -> None:

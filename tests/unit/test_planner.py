@@ -26,7 +26,7 @@ from distckpt.dcp.tables import Table, decode_table, encode_table, merge_tables
 from distckpt.errors import IncompatibleState, ReplicasDiffer
 from distckpt.format import shares
 from distckpt.format.layout import Layout, Mesh, held_boxes
-from distckpt.format.shard import Piece
+from distckpt.format.placing import Piece
 from distckpt.format.shard_index import layout_of, mesh_of
 
 SIZES = {"float32": 4, "int8": 1, "float64": 8}

@@ -14,16 +14,20 @@ from safetensors import safe_open
 from distckpt.boxes import Box
 from distckpt.format import reuse as module
 from distckpt.format.digest import block_digests, digest
+from distckpt.format.placing import Piece
 from distckpt.format.reuse import FEWER_FILES, LEAST_SHARE, MOST_FILES, Base, base_of, reuse, used_files, worth_keeping
 from distckpt.format.runs import FileRef, Run, attempt_problem, cut, file_problem, joined, overlap, place, run_bytes
-from distckpt.format.shard import PACKED, Piece, Reuse, ShardPlan, plan_shard, render_header, stored_boxes
+from distckpt.format.shard import PACKED, Reuse, ShardPlan, plan_shard, render_header, stored_boxes
 from distckpt.format.shard_header import parse_header
 
 BLOCK = 4096
 ROOT_FILES = [f"step-{step:010d}/g000001-{step:08x}/00000-of-00001.safetensors" for step in range(1, 60)]
 
 places = st.lists(
-    st.one_of(st.just((None, 0)), st.tuples(st.sampled_from(ROOT_FILES[:3]), st.integers(0, 9).map(lambda n: 4096 + n * BLOCK))),
+    st.one_of(
+        st.just((None, 0)),
+        st.tuples(st.sampled_from(ROOT_FILES[:3]), st.integers(0, 9).map(lambda n: 4096 + n * BLOCK)),
+    ),
     min_size=1,
     max_size=30,
 )
@@ -57,7 +61,9 @@ def test_overlaps_are_found(spans: list[tuple[str, int, int]]) -> None:
     assert (found is not None) == twice
 
 
-@given(st.dictionaries(st.sampled_from(ROOT_FILES), st.tuples(st.integers(0, 1000), st.integers(1000, 2000)), max_size=50))
+@given(
+    st.dictionaries(st.sampled_from(ROOT_FILES), st.tuples(st.integers(0, 1000), st.integers(1000, 2000)), max_size=50)
+)
 def test_few_files_are_kept_and_none_for_a_trifle(files: dict[str, tuple[int, int]]) -> None:
     used, sizes = {p: u for p, (u, _) in files.items()}, {p: s for p, (_, s) in files.items()}
     kept = worth_keeping(used, sizes)
@@ -136,9 +142,7 @@ class Disk:
                 assert digest(octets) == wanted
                 assert octets == data[index][number * BLOCK : number * BLOCK + len(octets)]
         file = FileRef(path, plan.size, digest(header))
-        self.base = base_of(
-            parsed.boxes, file, parsed.files, block=BLOCK, step=step, generation=1, manifest_path="m"
-        )
+        self.base = base_of(parsed.boxes, file, parsed.files, block=BLOCK, step=step, generation=1, manifest_path="m")
         return plan
 
 

@@ -19,10 +19,12 @@ from distckpt.boxes import Box
 from distckpt.errors import IncompatibleState, SaveFailed, ShardError, UnserializableState
 from distckpt.format import shard as shard_module
 from distckpt.format import shard_header
-from distckpt.format.digest import block_digests, digest
+from distckpt.format.digest import block_count, block_digests, digest
 from distckpt.format.dtypes import ITEMSIZES, itemsize
-from distckpt.format.shard import Piece, ShardPlan, StoredBox, plan_shard, render_header
+from distckpt.format.placing import Piece, place
+from distckpt.format.shard import ShardPlan, StoredBox, plan_shard, render_header
 from distckpt.format.shard_header import FIRST_READ, parse_header, read_header
+from distckpt.format.shard_json import header_json, header_length
 from distckpt.storage.memory import MemoryStore
 
 BLOCK = 4096
@@ -120,6 +122,27 @@ def test_plans_are_deterministic_and_headers_of_equal_length() -> None:
     second = render_header(plan, [["12" * 16] * 2, ["a" * 32]])
     assert len(first) == len(second) == plan.data_start
     assert first != second
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(a_piece(), max_size=5, unique_by=lambda p: (p.fqn, p.box.offsets)),
+    st.lists(st.tuples(st.text('ab"\\\n\x7f', max_size=9), st.text(max_size=9)), min_size=2, max_size=4),
+)
+def test_pieces_that_are_placed_once_get_the_header_that_they_get_anew(
+    pieces: list[Piece], saves: list[tuple[str, str]]
+) -> None:
+    try:
+        placed = place(pieces)
+    except UnserializableState:  # a name that cannot be stored
+        return
+    for save_id, value in saves:
+        kept, anew = (plan_of(p, save_id=save_id, objects={"a": value}) for p in (placed, list(pieces)))
+        assert kept == anew
+        found = [["3" * 32] * block_count(nbytes, BLOCK) for nbytes in kept.nbytes]
+        assert render_header(kept, found) == render_header(anew, found)
+        exact = len(header_json(kept, found))
+        assert header_length(kept) == exact
 
 
 def test_an_object_changed_after_planning_does_not_reach_the_header() -> None:
