@@ -61,7 +61,7 @@ class CheckpointConfig:
     incremental: bool = False
     """Refer to what the checkpoint before holds already, block by block, instead of writing it again: for frozen
     weights, LoRA, and embeddings of which few rows change."""
-    block_bytes: int = 1 << 20
+    block_bytes: int = 256 << 10
     """Bytes that one digest covers, 4 KiB to 8 MiB: the unit of checking, and of an incremental save. Rows that change here
     and there in an embedding need one as small as a row."""
     start_fresh: bool = False

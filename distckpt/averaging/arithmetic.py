@@ -7,14 +7,16 @@ their scalar tails may not, would make it so.)
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 
-PIECE: Final = 31 << 10
-"""Elements that stay in the processor's cache; below what torch would give to several threads."""
+PIECE: Final = 512 << 10
+"""Elements of one operation: few enough to stay in the processor's cache, and enough that threads seldom meet at the
+interpreter's lock. Let torch use one thread for each then (``one_thread``)."""
 
 _NARROW: Final = frozenset(
     {"float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
@@ -23,6 +25,20 @@ _WIDE: Final = frozenset({"float32", "float64"})
 _COMPLEX: Final = frozenset({"complex32", "complex64", "complex128"})
 AVERAGEABLE: Final = _NARROW | _WIDE | _COMPLEX
 """Dtypes whose values are numbers that can be added."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch's operations run on the thread that calls them, inside ``with``: the caller has threads of its own.
+
+    Threads that begin inside are meant, and the calling one; others keep what they have.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def accumulator(out: str) -> str:
@@ -89,4 +105,4 @@ def all_finite(values: torch.Tensor) -> bool:
 
 
 def _pieces(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(values, PIECE)
+    return torch.split(values, PIECE) if values.numel() > PIECE else (values,)

@@ -6,7 +6,8 @@ on any number of threads or ranks, has the same bits. So it can be written, expo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,6 +24,7 @@ from distckpt.errors import IncompatibleState
 from distckpt.export.stream import Buffer, Stream
 from distckpt.format.digest import digest
 from distckpt.format.dtypes import itemsize
+from distckpt.format.read_ahead import ReadAhead
 from distckpt.storage.direct import BufferPool
 
 if TYPE_CHECKING:
@@ -106,6 +108,23 @@ class Blend:
             self._constants[MODEL + fqn] = value.detach().cpu().to(torch_dtype(mixed.dtype)).contiguous()
 
     # ------------------------------------------------------------ reading
+
+    @contextmanager
+    def reading_ahead(self, wanted: Iterable[tuple[str, Box]]) -> Iterator[None]:
+        """Have members' bytes of these boxes fetched in large requests inside ``with``, if they are filled in this order."""
+        members = [(i, m.source.checkpoint, m) for i, m in enumerate(self.members) if m.source.checkpoint is not None]
+        last = len(self.members) - 1
+        extents = [
+            extent
+            for name, box in wanted
+            for i, source, member in members
+            if name not in self._constants and (i == last or self.tensors[name].how != "newest")
+            for extent in source.extents(member.stored(name) if name in member.names else name, box)
+        ]
+        with ReadAhead(extents) as ahead, ExitStack() as stack:
+            for _, source, _ in members:
+                stack.enter_context(source.reading_through(ahead))
+            yield
 
     def stream(self, name: str) -> Stream:
         """Return one tensor of the result as a stream."""

@@ -13,10 +13,12 @@ import msgspec
 import torch
 
 from distckpt import __version__, clock, errors
+from distckpt.averaging.arithmetic import one_thread
 from distckpt.averaging.blend import Blend
 from distckpt.averaging.layout import Output, plan_output
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.parallel import processors
 from distckpt.errors import AgreementError, ConfigError, CorruptCheckpoint, DistckptError, ReplicasDiffer, SaveFailed
 from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
@@ -24,6 +26,7 @@ from distckpt.format.catalog import parse_location
 from distckpt.format.commit import begin_attempt, commit
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest, ShardEntry
+from distckpt.format.read_ahead import MEMORY
 from distckpt.format.shard import plan_shard
 from distckpt.format.verify import verify
 from distckpt.importers.commit_source import new_generation
@@ -31,7 +34,9 @@ from distckpt.importers.stream_shard import write_pieces
 from distckpt.storage.base import Store
 
 REQUEST: Final = 4 << 20
-"""Bytes of the result that a thread works on at a time."""
+"""Bytes of the result that a thread works on at a time, at most."""
+LEAST: Final = 512 << 10
+"""The same, at least."""
 Progress = Callable[[int, int], None]
 """Called with (bytes of the result written by this rank, bytes it has to write), one call at a time."""
 
@@ -45,7 +50,7 @@ def fresh_key(what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the result goes and how: ``threads`` bounds memory, about 24 MiB each; ``timeout_s`` each wait for ranks."""
+    """Where the result goes and how: ``threads`` at most, each of about 24 MiB; ``timeout_s`` for each wait for ranks."""
 
     out: str
     step: int
@@ -169,6 +174,9 @@ def _write_shards(
             if progress is not None:
                 progress(done, total)
 
+    # What is read ahead does the waiting: threads add up, and what they work on at a time has to fit into its memory.
+    threads = min(target.threads, 2 * processors())
+    request = max(LEAST, min(REQUEST, MEMORY // (4 * threads * len(blend.members))))
     watching = threading.Lock()
 
     def stopped() -> str | None:
@@ -187,9 +195,10 @@ def _write_shards(
             blend.fill(pieces[piece].fqn, pieces[piece].box, start, stop, view)
 
         name = f"{folder}/{names.shard_name(index, count)}"
-        written = write_pieces(
-            store, name, plan, fill, threads=target.threads, request=REQUEST, progress=count_bytes, stopped=stopped
-        )
+        with one_thread(), blend.reading_ahead((pieces[i].fqn, pieces[i].box) for i in plan.order):
+            written = write_pieces(
+                store, name, plan, fill, threads=threads, request=request, progress=count_bytes, stopped=stopped
+            )
         receipts.append(_Receipt(index, written.size, written.header))
     return receipts
 

@@ -2,7 +2,8 @@
 
 DCP's load reads replicated data once per rank (torchtitan issue 4035); the way out is ByteCheckpoint's (arXiv 2407.20143):
 every rank of a group reads its share, then they exchange. Bytes travel as they are stored and each rank verifies all of
-them, so damage is found by all ranks at once and nobody trusts another's check.
+them, so damage is found by all ranks at once and nobody trusts another's check. Ranks of one host have the bytes in common
+memory, others send them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distckpt import clock
+from distckpt.dcp.common_memory import common_memory
 from distckpt.dcp.read_plan import Request
 from distckpt.format.digest import digest
 from distckpt.storage.direct import ALIGNMENT, anonymous
@@ -24,6 +26,8 @@ LEAST_BYTES = 32 << 20
 TURN = 8 << 20
 MEMORY = 64 << 20
 """Most bytes of all ranks' turns that one rank holds; a turn is what each rank reads between two exchanges."""
+BUFFERS = 3
+"""Of each rank, where others look into them: one is filled, one is looked at, and slower ranks still look at one."""
 PROBE = 2
 """Turns before ``auto`` decides; the last of them is measured."""
 
@@ -99,8 +103,13 @@ class SharedRead:
         self._turn = max(longest, min(TURN, MEMORY // self._members // ALIGNMENT * ALIGNMENT))
         self._turns = list(_turns(deal(requests, self._members), self._turn))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distckpt-share")
-        self._own = [anonymous(self._turn) for _ in range(2)]
-        self._all = [anonymous(self._turn) for _ in range(self._members)]
+        self._turn = -(-self._turn // ALIGNMENT) * ALIGNMENT
+        self._common = common_memory(group, self._turn, BUFFERS) if self._turns else None
+        if self._common is not None:
+            self._own = self._common.parts[self._me]
+        else:
+            self._own = tuple(anonymous(self._turn) for _ in range(BUFFERS - 1))
+            self._all = [anonymous(self._turn) for _ in range(self._members)]
         self.error: Exception | None = None
 
     def run(self, decide: Callable[[Rates], bool]) -> list[Request]:
@@ -136,7 +145,7 @@ class SharedRead:
 
     def _start(self, number: int) -> list[Future[None]]:
         """Begin to read this rank's part of a turn."""
-        jobs, at, buffer = [], 0, self._own[number % 2]
+        jobs, at, buffer = [], 0, self._own[number % len(self._own)]
         for request in self._turns[number][self._me] if number < len(self._turns) else ():
             start, stop = span(request)
             jobs.append(self._pool.submit(self._fetch, request, buffer[at : at + stop - start]))
@@ -151,14 +160,22 @@ class SharedRead:
                 self.error = self.error or error
 
     def _exchange(self, number: int) -> None:
+        """Return when this rank can see what all have read; what it read two turns ago is not looked at any more then."""
+        if self._common is not None:
+            self._group.barrier().wait()
+            return
         longest = max(_nbytes(share) for share in self._turns[number])
-        mine = torch.frombuffer(self._own[number % 2], dtype=torch.uint8)[:longest]
+        mine = torch.frombuffer(self._own[number % len(self._own)], dtype=torch.uint8)[:longest]
         theirs = [torch.frombuffer(view, dtype=torch.uint8)[:longest] for view in self._all]
         self._group.allgather([theirs], [mine]).wait()
 
     def _hand_out(self, number: int) -> None:
         jobs = []
-        for share, buffer in zip(self._turns[number], self._all, strict=True):
+        if self._common is not None:
+            buffers = [part[number % len(part)] for part in self._common.parts]
+        else:
+            buffers = self._all
+        for share, buffer in zip(self._turns[number], buffers, strict=True):
             at = 0
             for request in share:
                 start, stop = span(request)

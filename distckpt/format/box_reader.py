@@ -191,7 +191,7 @@ def fill(store: Reader, sources: Sequence[Source], box: Box, destination: memory
     besides. The sources must tile the box (``sources_tile``). Raises ``ShardError`` naming file, tensor and
     rank; what is in ``destination`` then is not to be used.
     """
-    work = [(source, run) for source in sources for run in _wanted_runs(source, box)]
+    work = [(source, run) for source in sources for run in wanted_runs(source, box)]
     if threads <= 1 or len(work) <= 1:
         for source, run in work:
             _fill_run(store, source, run, box, destination)
@@ -206,7 +206,7 @@ def fill(store: Reader, sources: Sequence[Source], box: Box, destination: memory
                 future.cancel()
 
 
-def _wanted_runs(source: Source, box: Box) -> Iterator[list[Block]]:
+def wanted_runs(source: Source, box: Box) -> Iterator[list[Block]]:
     """Yield the runs of blocks of a source that hold elements of ``box``."""
     stored, common = source.stored, source.stored.box.intersect(box)
     if common is None:

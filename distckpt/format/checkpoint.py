@@ -10,6 +10,8 @@ import difflib
 import itertools
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, CorruptCheckpoint, IncompatibleState, ShardError
 from distckpt.format import typed_json
-from distckpt.format.box_reader import Reader, Source, extents_of, fill, missing_references, sources_tile
+from distckpt.format.box_reader import (
+    Reader,
+    Source,
+    extents_of,
+    fill,
+    missing_references,
+    run_nbytes,
+    sources_tile,
+    wanted_runs,
+)
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
 from distckpt.format.flat_reader import fill_flat, rows_around
@@ -70,6 +81,7 @@ class Checkpoint:
         self.manifest = manifest
         self._index = ShardIndex(store, manifest, committed.folder)
         self._tiled: set[tuple[str, Box]] = set()
+        self._reader: Reader = store
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, generation={self.generation})"
@@ -202,7 +214,22 @@ class Checkpoint:
         if (name, box) not in self._tiled:
             sources_tile(name, sources if rows == box else self._sources(name, box), box, self.path)
             self._tiled.add((name, box))
-        fill_flat(self.store, sources, box, start, stop, view)
+        fill_flat(self._reader, sources, box, start, stop, view)
+
+    def extents(self, fqn: str, box: Box) -> list[tuple[Store, str, int, int]]:
+        """Return what reading a box reads: (store, name on it, first byte, bytes), for ``ReadAhead``."""
+        sources = self._sources(self._resolve(fqn), box)
+        blocks = [run for source in sources for run in wanted_runs(source, box)]
+        return [(self.store, run[0].path, run[0].start, run_nbytes(run)) for run in blocks]
+
+    @contextmanager
+    def reading_through(self, ahead: ReadAhead) -> Iterator[None]:
+        """Have ``read_into`` take what it needs from what is read ahead, inside ``with``."""
+        self._reader = ahead.over(self.store)
+        try:
+            yield
+        finally:
+            self._reader = self.store
 
     def stored_boxes(self, fqn: str) -> list[tuple[int, StoredBox]]:
         """Return (bytes that a digest covers, stored box) of every box that a tensor lies in, digests and all.
@@ -232,8 +259,9 @@ class Checkpoint:
             name: sorted(extent for source in self._sources(name, box) for extent in extents_of(source))
             for name, box in whole.items()
         }
-        with ReadAhead(self.store, itertools.chain.from_iterable(extents.values())) as ahead:
-            read = {name: self._read_box(ahead, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
+        with ReadAhead((self.store, *extent) for extent in itertools.chain.from_iterable(extents.values())) as ahead:
+            through = ahead.over(self.store)
+            read = {name: self._read_box(through, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}
 
     def verify(

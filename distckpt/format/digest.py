@@ -14,8 +14,12 @@ import xxhash
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
-BLOCK: Final = 1 << 20
-"""Bytes covered by one digest of a shard's data, unless its header says otherwise."""
+BLOCK: Final = 256 << 10
+"""Bytes covered by one digest of a shard's data, unless its header says otherwise.
+
+What is read is verified, so whole blocks are: with 1 MiB two ranks that each wanted half of the tensors of one saved
+alone read 1.4 times their bytes, with 256 KiB 1.1 times. A digest costs 40 bytes of header.
+"""
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distckpt.boxes import Box, flat_range_to_boxes, is_flat_range
-from distckpt.format.box_reader import Source, blocks_of, fill, read_checked, run_nbytes, runs
+from distckpt.format.box_reader import Reader, Source, blocks_of, fill, read_checked, run_nbytes, runs
 from distckpt.format.dtypes import itemsize
-from distckpt.storage.base import Store
 from distckpt.storage.direct import POOL
 
 
@@ -24,7 +23,7 @@ def rows_around(box: Box, first: int, last: int) -> Box:
     return box.rows(first // row, -(-last // row))
 
 
-def fill_flat(store: Store, sources: Sequence[Source], box: Box, start: int, stop: int, view: memoryview) -> None:
+def fill_flat(store: Reader, sources: Sequence[Source], box: Box, start: int, stop: int, view: memoryview) -> None:
     """Put bytes [start, stop) of the row-major elements of ``box`` into ``view`` (flat, writable, of that length).
 
     ``start`` and ``stop`` lie between elements. ``sources`` tile ``box``, or at least the rows that are read; only
@@ -58,7 +57,7 @@ def _run(stored: Box, wanted: Box) -> tuple[int, int, int] | None:
     return None if ours is None or theirs is None else (ours[0], theirs[0], common.numel)
 
 
-def _copy(store: Store, source: Source, first: int, target: memoryview) -> None:
+def _copy(store: Reader, source: Source, first: int, target: memoryview) -> None:
     """Put a stored box's bytes from ``first`` on into ``target``; blocks that are wanted in part go through a buffer."""
     block, last = source.block, first + len(target)
     numbers = range(first // block, -(-last // block))

@@ -240,12 +240,17 @@ def read_manifest(store: Store, committed: Committed) -> Manifest:
     Raises ``NotFound``, ``ManifestError`` (damaged, or not the step and generation that its name says),
     ``UnsupportedVersion`` or another ``StoreError`` (storage could not be asked).
     """
+    return read_manifest_bytes(store, committed)[1]
+
+
+def read_manifest_bytes(store: Store, committed: Committed) -> tuple[bytes, Manifest]:
+    """Do the same, and return the file's bytes too."""
     where = f"{store.url}/{committed.manifest_path}"
     size = store.size(committed.manifest_path)
     if size > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{where}: {size} bytes are too many for a manifest (at most {MAX_MANIFEST_BYTES})")
     data = store.read(committed.manifest_path)
-    return decode_manifest(data, where=where, step=committed.step, generation=committed.generation)
+    return data, decode_manifest(data, where=where, step=committed.step, generation=committed.generation)
 
 
 # ---------------------------------------------------------------- who is alive

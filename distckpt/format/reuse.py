@@ -1,6 +1,6 @@
 """What an incremental save need not write: blocks whose digests equal those of the checkpoint before. Pure.
 
-The unit is the block that has a digest anyway (1 MiB unless set otherwise): an embedding of which some rows changed is
+The unit is the block that has a digest anyway (256 KiB unless set otherwise): an embedding of which some rows changed is
 written in part, nothing is hashed twice, and a run of reused blocks costs a header three numbers. References are one
 level deep, because a base knows of each of its blocks which file holds the bytes.
 """

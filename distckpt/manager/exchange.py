@@ -21,7 +21,7 @@ from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.errors import DistckptError
 from distckpt.format import digest as digests
 from distckpt.format.dtypes import itemsize
-from distckpt.format.manifest import Manifest, encode_manifest
+from distckpt.format.manifest import Manifest
 from distckpt.format.shares import SMALL_BYTES, SMALL_TOTAL
 
 MOST_SHARDS: Final = 64
@@ -124,12 +124,12 @@ class Opening(msgspec.Struct, frozen=True, array_like=True):
     values: list[bytes]
 
     @classmethod
-    def of(cls, manifest: Manifest, small: Mapping[str, bytes]) -> Opening:
-        """Return what to send of small tensors' bytes by name."""
-        numbers = {name: i for i, name in enumerate(manifest.tensors)}
-        return cls(encode_manifest(manifest), [numbers[name] for name in small], list(small.values()))
+    def of(cls, data: bytes, manifest: Manifest, small: Mapping[str, bytes]) -> Opening:
+        """Return what to send: a manifest's bytes, and small tensors' by name."""
+        numbers = {name: i for i, name in enumerate(manifest.tensors)} if small else {}
+        return cls(data, [numbers[name] for name in small], list(small.values()))
 
     def small(self, manifest: Manifest) -> dict[str, bytes]:
         """Return the small tensors' bytes by name; ``manifest`` is what was parsed."""
-        names = list(manifest.tensors)
+        names = list(manifest.tensors) if self.numbers else []
         return {names[number]: data for number, data in zip(self.numbers, self.values, strict=True)}

@@ -23,7 +23,7 @@ from distckpt.errors import (
     UnsupportedVersion,
 )
 from distckpt.format.catalog import find_checkpoint
-from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest
+from distckpt.format.lineage import Committed, lineage, list_committed, read_generations, read_manifest_bytes
 from distckpt.format.manifest import Manifest, reread_manifest
 from distckpt.heap import no_collections
 from distckpt.manager.components import Components
@@ -124,12 +124,12 @@ class Loader:
     def _load(self, store: Store, committed: Committed, key: str, options: LoadOptions, path: str) -> LoadReport:
         def read() -> bytes:
             try:
-                found = read_manifest(store, committed)
+                data, found = read_manifest_bytes(store, committed)
             except CorruptCheckpoint as error:
                 return b"-" + str(error).encode()
             readers.append(CheckpointReader(store, found, committed.folder))
             small = read_small(readers[0]) if self.agreement.world_size > 1 else {}
-            return b"+" + msgspec.msgpack.encode(Opening.of(found, small))
+            return b"+" + msgspec.msgpack.encode(Opening.of(data, found, small))
 
         readers: list[CheckpointReader] = []  # the leader's
 

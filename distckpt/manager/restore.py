@@ -48,38 +48,41 @@ class _Matched:
 def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     """Load one checkpoint on all ranks; returns this rank's report.
 
-    Three rounds: after matching names (a saved name is unexpected only if no rank has it), after reading, and after
-    handing everything over. Raises the same kind of error on every rank: ``CorruptCheckpoint`` (the caller may fall back
-    to an older checkpoint; live tensors may hold parts of the damaged one until then), or ``IncompatibleState``.
+    Three rounds: after matching names and planning (a saved name is unexpected only if no rank has it, and ranks that
+    want the same may read together), after reading, and after handing everything over. Raises the same kind of error on
+    every rank: ``CorruptCheckpoint`` (the caller may fall back to an older checkpoint; live tensors may hold parts of
+    the damaged one until then), or ``IncompatibleState``.
     """
     matched: list[_Matched] = []
+    planned: list[Request] = []
     saved = load.reader.manifest
     every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
+    shared = may_share(agreement.world_size, load)
 
     def match() -> list[str]:
-        matched.append(_match_here(agreement.rank, agreement.world_size, load))
-        return [offer_names(agreement, every, matched[0].report.unexpected)]
+        found = _match_here(agreement.rank, agreement.world_size, load)
+        matched.append(found)
+        told = [offer_names(agreement, every, found.report.unexpected)]
+        if shared and not found.problems and not (load.options.strict and found.report.missing):
+            planned.extend(_plan_here(load, found))
+            told += [share.fingerprint(planned), str(share.size_of(planned))]
+        return told
 
     def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
-        return [common_names(agreement, (offer for offers in by_rank for offer in offers))]
-
-    (answer,) = _together(agreement, f"{key}/names", load, match, combine=common)
-    unexpected = names_of(answer, every, matched[0].report.unexpected)
-    planned: list[Request] = []
-
-    def plan() -> list[str]:
-        planned.extend(_plan_here(load, matched[0], unexpected))
-        return [share.fingerprint(planned), str(share.size_of(planned))]
-
-    group: list[int] = []
-    if may_share(agreement.world_size, load):
+        names = common_names(agreement, (told[0] for told in by_rank))
+        if not all(len(told) > 1 for told in by_rank):  # a rank that will refuse to load would be waited for
+            return [names]
         least = 0 if load.config.share_loads == "always" else share.LEAST_BYTES
-        offered = _together(agreement, f"{key}/share", load, plan, lambda offers: group_offers(offers, least))
-        group = next((ranks for ranks in msgspec.json.decode(offered[0]) if agreement.rank in ranks), [])
+        return [names, *group_offers([told[1:] for told in by_rank], least)]
+
+    answer, *groups = _together(agreement, f"{key}/names", load, match, combine=common)
+    unexpected = names_of(answer, every, matched[0].report.unexpected)
+    group: list[int] = next((ranks for text in groups for ranks in msgspec.json.decode(text) if agreement.rank in ranks), [])
 
     def read() -> list[str]:
+        _refuse_here(load, matched[0], unexpected)
         if not planned:
-            plan()
+            planned.extend(_plan_here(load, matched[0]))
         read_planned(agreement, f"{key}/bytes", load, planned, group)
         return []
 
@@ -163,12 +166,15 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-def _plan_here(load: Restore, matched: _Matched, unexpected: set[str]) -> list[Request]:
-    report, state, options = matched.report, matched.state, load.options
-    report.unexpected = sorted(unexpected)
-    _refuse_misfits(report, matched.problems, options, any(n.startswith("optim.") for n in state.objects))
-    wants = fill_small(_wants(state, matched.extras, report), load.small, load.reader.manifest)
+def _plan_here(load: Restore, matched: _Matched) -> list[Request]:
+    wants = fill_small(_wants(matched.state, matched.extras, matched.report), load.small, load.reader.manifest)
     return load.reader.plan(wants)
+
+
+def _refuse_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
+    matched.report.unexpected = sorted(unexpected)
+    has_optimizer = any(name.startswith("optim.") for name in matched.state.objects)
+    _refuse_misfits(matched.report, matched.problems, load.options, has_optimizer)
 
 
 def _place_here(rank: int, load: Restore, matched: _Matched) -> None:

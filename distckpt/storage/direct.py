@@ -240,6 +240,12 @@ def _read_aligned(direct: int, view: memoryview, offset: int, buffer: memoryview
     return useful
 
 
+def copy_memory(target: memoryview, source: memoryview) -> None:
+    """Copy equal numbers of bytes between writable buffers; other threads run meanwhile."""
+    if target.nbytes:
+        _libc.memmove(address(target), address(source), target.nbytes)
+
+
 def address(view: memoryview) -> int:
     """Return the address of a writable view's first byte; 1, which is never aligned, for a read-only one."""
     if view.readonly or not view.nbytes:

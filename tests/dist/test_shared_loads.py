@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from distckpt import CheckpointConfig, CheckpointManager
 from distckpt.boxes import Box
 from distckpt.dcp import read_plan, share
 from distckpt.dcp.read_plan import Request, Run
+from distckpt.dcp.reader import CheckpointReader
 from distckpt.errors import CorruptCheckpoint, StoreError
 from distckpt.format.shard import StoredBox
 from distckpt.storage import posix_reader
@@ -33,8 +36,17 @@ def build(rank: int, fill: float) -> tuple[Any, torch.optim.Optimizer]:
 
 
 def manager(root: Path, model: Any, optimizer: Any, mode: str) -> CheckpointManager:
-    config = CheckpointConfig(root, preemption_signals=(), control_file=None, verbose=False, threads=2, share_loads=mode,
-                              timeout_s=30.0, save_total_limit=None, max_consecutive_failures=0)
+    config = CheckpointConfig(
+        root,
+        preemption_signals=(),
+        control_file=None,
+        verbose=False,
+        threads=2,
+        share_loads=mode,
+        timeout_s=30.0,
+        save_total_limit=None,
+        max_consecutive_failures=0,
+    )
     return CheckpointManager(config, model=model, optimizer=optimizer)
 
 
@@ -82,9 +94,43 @@ def test_each_byte_is_read_once_per_job(saved: Path, world: int, turn: int) -> N
     alone = run_ranks(world, load, saved, "never", turn)
     shared = run_ranks(world, load, saved, "always", turn)
     assert sum(r["read"] for r in shared) == alone[0]["read"]
-    assert all(0.9 * alone[0]["read"] < r["read"] <= alone[0]["read"] for r in alone)  # rank 0 reads the small ones for all
+    assert all(
+        0.9 * alone[0]["read"] < r["read"] <= alone[0]["read"] for r in alone
+    )  # rank 0 reads the small ones for all
     assert all(r["read"] < alone[0]["read"] for r in shared)
     assert all(equal(r["state"], alone[0]["state"]) for r in (*alone, *shared))
+
+
+def load_by(rank: int, root: Path, link: str) -> dict[str, Any]:
+    """Load with every turn's end at another time on each rank; ``link`` may break the common memory of one rank."""
+    if link == "sockets":
+        share.common_memory = lambda *_: None  # type: ignore[assignment]
+    if link == "one without" and rank == 1:
+        os.memfd_create = _refused  # type: ignore[assignment]
+    real = CheckpointReader._deliver
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.002 * rank)
+        real(*args)
+
+    CheckpointReader._deliver = slowly  # type: ignore[method-assign]
+    used: list[bool] = []
+    made = share.common_memory
+    share.common_memory = lambda *args: used.append((found := made(*args)) is not None) or found  # type: ignore[assignment]
+    return load(rank, root, "always", 64 << 10) | {"common": used}
+
+
+def _refused(*_: Any) -> int:
+    raise OSError("no memfd here")
+
+
+@pytest.mark.parametrize("link", ["common memory", "sockets", "one without"])
+def test_ranks_of_one_host_share_by_memory_and_others_by_sockets(saved: Path, link: str) -> None:
+    (alone,) = run_ranks(1, load, saved, "never", 64 << 10)
+    shared = run_ranks(3, load_by, saved, link)
+    assert [r["common"] for r in shared] == [[link == "common memory"]] * 3
+    assert all(equal(r["state"], alone["state"]) for r in shared)
+    assert sum(r["read"] for r in shared) < 1.1 * alone["read"]
 
 
 def test_a_link_that_does_not_pay_ends_the_sharing(saved: Path) -> None:
@@ -160,7 +206,9 @@ def test_a_rank_that_cannot_read_is_an_error_of_all(saved: Path) -> None:
 def requests(sizes: list[int]) -> list[Request]:
     stored = StoredBox("w", "w", "uint8", (1,), Box((0,), (1,)), 0, 1, ("0" * 32,))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [Request(0, [Run("shard", stored, [], 0, 1, start, size, 1)]) for start, size in zip(starts, sizes, strict=True)]
+    return [
+        Request(0, [Run("shard", stored, [], 0, 1, start, size, 1)]) for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("members", [1, 2, 3, 5, 8])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distckpt.config import CheckpointConfig
 from distckpt.format.digest import BLOCK, block_count, block_digests, digest, is_digest
 
 
@@ -15,7 +16,7 @@ def test_known_values() -> None:
     """Stored digests must never move with a version of the library."""
     assert digest(b"") == "99aa06d3014798d86001c324468d497f"
     assert digest(b"a") == "a96faf705af16834e6c632b61e964e1f"
-    assert BLOCK == 1048576
+    assert CheckpointConfig("x").block_bytes == BLOCK == 262144
 
 
 @given(st.binary(max_size=200), st.integers(1, 64))
