@@ -139,7 +139,8 @@ def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
     if value.device_mesh.get_coordinate() is not None:
         rank = torch.distributed.get_rank()
         for held in held_boxes(shape, layout, rank):
-            parts.append((held.box, local[Box(held.local, held.box.sizes).slices]))
+            whole = held.box.sizes == local.shape  # the usual case, without an operation
+            parts.append((held.box, local if whole else local[Box(held.local, held.box.sizes).slices]))
         held_numel = sum(box.numel for box, _ in parts)
         if held_numel != local.numel():
             raise IncompatibleState(
