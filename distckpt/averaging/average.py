@@ -117,7 +117,7 @@ def average_checkpoints(
     resume from the result. ``step`` defaults to the newest's.
 
     Where a process group exists (torchrun), all ranks call this together and each writes its part; ``agreement`` replaces
-    the default one. Memory: about 24 MiB a thread, and up to 256 MiB that are read ahead, at any size. ``progress`` is
+    the default one. Memory: about 24 MiB a thread, and up to 128 MiB that are read ahead, at any size. ``progress`` is
     told (bytes written, bytes in all).
 
     Raises ``ConfigError`` (wrong use), ``IncompatibleState`` (different models; NaN or infinite weights, by name),

@@ -23,7 +23,7 @@ REQUEST: Final = 8 << 20
 """Bytes of one request at most; ranges as large as this are left to who asks for them."""
 GAP: Final = 256 << 10
 """Unwanted bytes between two ranges that are fetched rather than cost another request."""
-MEMORY: Final = 256 << 20
+MEMORY: Final = 128 << 20
 """Bytes that are held at most, over all files."""
 AHEAD: Final = 8
 _File = tuple[int, str]
@@ -49,7 +49,7 @@ class ReadAhead:
     """Reads what it was told of in requests of up to 8 MiB, some ahead of use; ``over`` a store it has its ``read_into``.
 
     ``extents`` are (store, name, first byte, bytes); they should be asked for in this order within a file, each once.
-    Anything else is passed on. Use it as a context; thread-safe. At most 256 MiB are held.
+    Anything else is passed on. Use it as a context; thread-safe. At most 128 MiB are held.
     """
 
     def __init__(self, extents: Iterable[tuple[Store, str, int, int]]) -> None:
