@@ -57,14 +57,17 @@ class Job:
 
 
 class Oracle:
-    """Appends events to the file; one write each, so that a kill leaves whole lines."""
+    """Appends events to the file, one write each.
+
+    A kill may cut one off where a page of the file ends, so each begins with a line of its own.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
         self.rank = rank
         self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def tell(self, event: str, **fields: Any) -> None:
-        os.write(self.fd, json.dumps({"event": event, "rank": self.rank, **fields}).encode() + b"\n")
+        os.write(self.fd, b"\n" + json.dumps({"event": event, "rank": self.rank, **fields}).encode() + b"\n")
 
 
 class Watched(list[str]):

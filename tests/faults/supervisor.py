@@ -321,14 +321,15 @@ def referred_to(root: Path) -> int:
 
 
 def read_events(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the oracle's whole lines from an offset on, and the offset after them."""
+    """Return the oracle's whole lines from an offset on, and the offset after them; a line that a kill cut off says nothing."""
     if not path.exists():
         return [], start
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    lines = [line for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+    return [json.loads(line) for line in lines], start + len(whole)
 
 
 def run_chain(
