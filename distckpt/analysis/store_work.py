@@ -15,10 +15,10 @@ import torch
 from distckpt.analysis.together import Together
 from distckpt.dcp import share
 from distckpt.dcp.agreed import AgreedPlan, agree_plan
+from distckpt.dcp.buffers import HostBytes
 from distckpt.dcp.leaves import State, TensorLeaf, byte_view
 from distckpt.dcp.read_plan import SPAN
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.dcp.replicas import host_bytes
 from distckpt.dcp.saving import SaveRequest, save_error, table_of, write_and_commit
 from distckpt.errors import AgreementError, CorruptCheckpoint
 from distckpt.format import digest as digests
@@ -104,11 +104,9 @@ class Workload:
         except AgreementError as error:
             raise save_error(step, error) from error
         self._plan = agreed
-        views = [host_bytes(self.state.tensors[piece.fqn].view(piece.box)) for piece in agreed.pieces]
+        source = HostBytes([self.state.tensors[piece.fqn].view(piece.box) for piece in agreed.pieces])
         request = SaveRequest(save_id=key, step=step, generation=1)
-        return write_and_commit(
-            agreement, store, agreed, request, views.__getitem__, threads=threads, timeout_s=self.timeout_s
-        )
+        return write_and_commit(agreement, store, agreed, request, source, threads=threads, timeout_s=self.timeout_s)
 
     def load(self, store: Store, saved: Saved, threads: int, prefix: str = SHARDED, *, shared: bool = False) -> Loaded:
         """Evict the files, load what begins with ``prefix``, and compare it; ``shared``: each byte read once for all ranks.

@@ -18,7 +18,7 @@ from distckpt.averaging.blend import Blend
 from distckpt.averaging.layout import Output, plan_output
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.parallel import processors
+from distckpt.dcp.parallel import asked_by_one, processors
 from distckpt.errors import AgreementError, ConfigError, CorruptCheckpoint, DistckptError, ReplicasDiffer, SaveFailed
 from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
@@ -177,16 +177,7 @@ def _write_shards(
     # What is read ahead does the waiting: threads add up, and what they work on at a time has to fit into its memory.
     threads = min(target.threads, 2 * processors())
     request = max(LEAST, min(REQUEST, MEMORY // (4 * threads * len(blend.members))))
-    watching = threading.Lock()
-
-    def stopped() -> str | None:
-        if not watching.acquire(blocking=False):
-            return None  # another thread asks already
-        try:
-            return agreement.aborted(key)
-        finally:
-            watching.release()
-
+    stopped = asked_by_one(lambda: agreement.aborted(key))
     receipts = []
     for index, plan in zip(mine, plans, strict=True):
         pieces = plan.pieces

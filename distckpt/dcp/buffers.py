@@ -47,7 +47,7 @@ class HostBytes:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = [
-            t if is_plain_memory(t) else t.cpu().resolve_conj().resolve_neg().contiguous() for t in tensors
+            t if is_plain_memory(t) else t.detach().cpu().resolve_conj().resolve_neg().contiguous() for t in tensors
         ]
 
     def __call__(self, number: int) -> memoryview:

@@ -11,8 +11,8 @@ import contextlib
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import torch
@@ -22,18 +22,15 @@ _ROOM = 512
 """Bytes of what one rank tells the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommonMemory:
-    """``parts[member][number]``: the buffers of every member of a group; a member writes to its own only."""
-
-    parts: tuple[tuple[memoryview, ...], ...]
+Buffers: TypeAlias = Sequence[Sequence[memoryview]]
+"""``[member][number]``: some buffers of every member of a group."""
 
 
-def common_memory(group: dist.ProcessGroup, nbytes: int, count: int) -> CommonMemory | None:
+def common_memory(group: dist.ProcessGroup, nbytes: int, count: int) -> Buffers | None:
     """Return ``count`` buffers of ``nbytes`` (a multiple of the page size) of each rank, or None where that cannot be.
 
-    Collective: all ranks of the gloo group call it alike and get the same kind of answer. None: ranks on several
-    hosts or in several containers, no memfd, no room.
+    A rank writes to its own only. Collective: all ranks of the gloo group call it alike and get the same kind of
+    answer. None: ranks on several hosts or in several containers, no memfd, no room.
     """
     own, fd = _made(nbytes * count)
     told = msgspec.json.encode([_here() if own is not None else f"alone {group.rank()}", os.getpid(), fd])
@@ -49,7 +46,7 @@ def common_memory(group: dist.ProcessGroup, nbytes: int, count: int) -> CommonMe
     if maps is None or not int(worst):
         return None
     whole = [memoryview(found) for found in maps]
-    return CommonMemory(tuple(tuple(w[i * nbytes : (i + 1) * nbytes] for i in range(count)) for w in whole))
+    return [[w[i * nbytes : (i + 1) * nbytes] for i in range(count)] for w in whole]
 
 
 def _here() -> str:

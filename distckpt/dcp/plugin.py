@@ -29,11 +29,11 @@ from torch.futures import Future
 from distckpt import clock
 from distckpt.boxes import Box
 from distckpt.config import DEFAULT_THREADS
+from distckpt.dcp.buffers import HostBytes
 from distckpt.dcp.dcp_names import flat_objects, nested_objects
 from distckpt.dcp.leaves import dtype_name, torch_dtype
 from distckpt.dcp.planner import Plan, Row, check_tiling, infer_layout, manifest_tensors
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.dcp.replicas import host_bytes
 from distckpt.dcp.writer import write_shard
 from distckpt.errors import ConfigError, UnserializableState
 from distckpt.format import names, typed_json
@@ -120,12 +120,11 @@ class DistckptStorageWriter(StorageWriter):
             tensors.append(tensor)
         store = open_store(self._url)
         folder = f"{names.step_folder(self.step)}/{attempt}"
-        data = [host_bytes(tensor) for tensor in tensors]
         written = write_shard(
             store,
             f"{folder}/{names.shard_name(rank, world)}",
             pieces,
-            data.__getitem__,
+            HostBytes(tensors),
             rank=rank,
             world_size=world,
             save_id=save_id,

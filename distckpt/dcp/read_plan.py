@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from distckpt.boxes import Box, is_flat_range
+from distckpt.dcp.buffers import is_plain_memory
 from distckpt.dcp.leaves import torch_dtype
 from distckpt.errors import IncompatibleState
 from distckpt.format.dtypes import itemsize
@@ -140,7 +141,7 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
 
 def _use(want: Want, stored: StoredBox) -> Use:
     target = want.target
-    plain = target.is_cpu and target.dtype == torch_dtype(stored.dtype) and target.is_contiguous()
+    plain = target.dtype == torch_dtype(stored.dtype) and is_plain_memory(target)
     if want.box == stored.box:
         return Use(want, want.box, 0, stored.nbytes, target.data_ptr() if plain else 0)
     size = itemsize(stored.dtype)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distckpt import clock
-from distckpt.dcp.common_memory import common_memory
+from distckpt.dcp.common_memory import Buffers, common_memory
 from distckpt.dcp.read_plan import Request
 from distckpt.format.digest import digest
 from distckpt.storage.direct import ALIGNMENT, anonymous
@@ -103,13 +103,11 @@ class SharedRead:
         self._turn = max(longest, min(TURN, MEMORY // self._members // ALIGNMENT * ALIGNMENT))
         self._turns = list(_turns(deal(requests, self._members), self._turn))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distckpt-share")
-        self._turn = -(-self._turn // ALIGNMENT) * ALIGNMENT
-        self._common = common_memory(group, self._turn, BUFFERS) if self._turns else None
-        if self._common is not None:
-            self._own = self._common.parts[self._me]
-        else:
-            self._own = tuple(anonymous(self._turn) for _ in range(BUFFERS - 1))
-            self._all = [anonymous(self._turn) for _ in range(self._members)]
+        common = common_memory(group, self._turn, BUFFERS) if self._turns else None
+        self._in_common = common is not None
+        self._all: Buffers = common or [[anonymous(self._turn)] for _ in range(self._members)]
+        """Where this rank looks at what each member has read; ``_own``: where it reads to."""
+        self._own = self._all[self._me] if common else [anonymous(self._turn) for _ in range(BUFFERS - 1)]
         self.error: Exception | None = None
 
     def run(self, decide: Callable[[Rates], bool]) -> list[Request]:
@@ -147,7 +145,7 @@ class SharedRead:
 
     def _start(self, number: int) -> list[Future[None]]:
         """Begin to read this rank's part of a turn."""
-        jobs, at, buffer = [], 0, self._own[number % len(self._own)]
+        jobs, at, buffer = [], 0, _of_turn(self._own, number)
         for request in self._turns[number][self._me] if number < len(self._turns) else ():
             start, stop = span(request)
             jobs.append(self._pool.submit(self._fetch, request, buffer[at : at + stop - start]))
@@ -163,22 +161,18 @@ class SharedRead:
 
     def _exchange(self, number: int) -> None:
         """Return when this rank can see what all have read; what it read two turns ago is not looked at any more then."""
-        if self._common is not None:
+        if self._in_common:
             self._group.barrier().wait()
             return
         longest = max(_nbytes(share) for share in self._turns[number])
-        mine = torch.frombuffer(self._own[number % len(self._own)], dtype=torch.uint8)[:longest]
-        theirs = [torch.frombuffer(view, dtype=torch.uint8)[:longest] for view in self._all]
+        mine = torch.frombuffer(_of_turn(self._own, number), dtype=torch.uint8)[:longest]
+        theirs = [torch.frombuffer(_of_turn(views, number), dtype=torch.uint8)[:longest] for views in self._all]
         self._group.allgather([theirs], [mine]).wait()
 
     def _hand_out(self, number: int) -> None:
         jobs = []
-        if self._common is not None:
-            buffers = [part[number % len(part)] for part in self._common.parts]
-        else:
-            buffers = self._all
-        for share, buffer in zip(self._turns[number], buffers, strict=True):
-            at = 0
+        for share, views in zip(self._turns[number], self._all, strict=True):
+            at, buffer = 0, _of_turn(views, number)
             for request in share:
                 start, stop = span(request)
                 jobs.append(self._pool.submit(self._deliver, request, buffer[at : at + stop - start]))
@@ -198,6 +192,11 @@ class SharedRead:
     def _raise(self) -> None:
         if self.error is not None:
             raise self.error
+
+
+def _of_turn(views: Sequence[memoryview], number: int) -> memoryview:
+    """Return the buffer whose turn it is."""
+    return views[number % len(views)]
 
 
 def _nbytes(share: Sequence[Request]) -> int:

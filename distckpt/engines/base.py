@@ -67,8 +67,5 @@ def clean_fqn(name: str, *, unwrap: bool = True) -> str:
 
     A model with a real submodule called ``module`` keeps it: pass ``unwrap=False`` for names of unwrapped models.
     """
-    if not unwrap or (
-        "module." not in name and "_orig_mod." not in name
-    ):  # every wrapper's name ends so: most have none
-        return name
-    return _WRAPPERS.sub("", name)
+    wrapped = "module." in name or "_orig_mod." in name  # every wrapper's name ends so; most have none
+    return _WRAPPERS.sub("", name) if unwrap and wrapped else name

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from distckpt.format.shard_header import Entry, Meta, Reused, Tensor
 
 
-_NO_DIGESTS = "a digest is not 32 lowercase hex digits of xxh3-128"
-
-
 def checked_header(entries: dict[str, Entry], meta: Meta, nbytes: int, file_size: int, where: str) -> ShardHeader:
     """Return the header whose two lists these are; ``nbytes`` is its length, ``where`` names the file in errors.
 
@@ -96,7 +93,7 @@ def _box(
     offsets, sizes = tuple(tensor.offsets), tuple(tensor.sizes)
     form = (tensor.dtype, shape, offsets, sizes, entry.dtype, tuple(entry.shape), stop - start, len(digests))
     box = alike.get(form)
-    problem = _name_problem(key, tensor.fqn) or (None if are_digests(digests) else _NO_DIGESTS)
+    problem = _own_problem(key, tensor)
     if box is None and problem is None:
         problem = _problem(tensor) or _form_problem(entry, tensor) or _count_problem(tensor, stop - start, block)
     if problem is not None:
@@ -131,8 +128,8 @@ def _reused(meta: Meta, files: tuple[FileRef, ...], packed: tuple[int, int], whe
     whole = {tensor.fqn: (tensor.dtype, tensor.shape) for tensor in meta.tensors.values()}
     at = packed[0]
     for tensor in meta.reused:
-        problem = "the key stands twice" if tensor.key in seen else _name_problem(tensor.key, tensor.fqn)
-        problem = problem or _problem(tensor) or (None if are_digests(tensor.digests) else _NO_DIGESTS)
+        problem = "the key stands twice" if tensor.key in seen else _own_problem(tensor.key, tensor)
+        problem = problem or _problem(tensor)
         nbytes = 0 if problem else math.prod(tensor.sizes) * ITEMSIZES[tensor.dtype]
         problem = problem or _count_problem(tensor, nbytes, meta.block) or _runs_problem(tensor, nbytes, meta, files)
         if problem is None and whole.setdefault(tensor.fqn, (tensor.dtype, tensor.shape)) != (
@@ -199,14 +196,14 @@ def _count_problem(tensor: Tensor, nbytes: int, block: int) -> str | None:
     return None
 
 
-def _name_problem(key: str, fqn: str) -> str | None:
-    """Say what is wrong with a box's key and its tensor's name, or return None."""
-    wrong = name_problem(key) or (name_problem(fqn) if fqn != key else None)
+def _own_problem(key: str, tensor: Tensor) -> str | None:
+    """Say what is wrong with what no other tensor shares, its names and digests, or return None."""
+    wrong = name_problem(key) or (name_problem(tensor.fqn) if tensor.fqn != key else None)
     if wrong is not None:
         return f"the name {wrong}"
-    if key != fqn and not _is_suffixed(key, fqn):
-        return f"this can't be the key of a box of {shown(fqn)}"
-    return None
+    if key != tensor.fqn and not _is_suffixed(key, tensor.fqn):
+        return f"this can't be the key of a box of {shown(tensor.fqn)}"
+    return None if are_digests(tensor.digests) else "a digest is not 32 lowercase hex digits of xxh3-128"
 
 
 def _problem(tensor: Tensor) -> str | None:

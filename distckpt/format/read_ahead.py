@@ -26,7 +26,7 @@ GAP: Final = 256 << 10
 MEMORY: Final = 128 << 20
 """Bytes that are held at most, over all files."""
 AHEAD: Final = 8
-_File = tuple[int, str]
+_File = tuple[Store, str]
 """Which store, and the name on it."""
 
 
@@ -54,11 +54,9 @@ class ReadAhead:
 
     def __init__(self, extents: Iterable[tuple[Store, str, int, int]]) -> None:
         by_file: dict[_File, list[tuple[int, int]]] = defaultdict(list)
-        self._stores: dict[int, Store] = {}
         for store, name, start, nbytes in extents:
             if 0 < nbytes < REQUEST:
-                self._stores[id(store)] = store
-                by_file[id(store), name].append((start, start + nbytes))
+                by_file[store, name].append((start, start + nbytes))
         size = max(64 << 10, min(REQUEST - ALIGNMENT, MEMORY // (2 * max(1, len(by_file)))))
         self._ahead = max(1, min(AHEAD, MEMORY // (size * max(1, len(by_file)))))
         self._spans = {file: list(_joined(sorted(ranges), size)) for file, ranges in by_file.items()}
@@ -80,7 +78,7 @@ class ReadAhead:
 
     def read_into(self, store: Store, name: str, offset: int, destination: memoryview) -> None:
         """Fill ``destination`` from ``offset``, as ``Store.read_into`` does."""
-        file, stop = (id(store), name), offset + destination.nbytes
+        file, stop = (store, name), offset + destination.nbytes
         index = bisect_right(self._starts.get(file, []), offset) - 1
         span = self._spans[file][index] if index >= 0 else None
         if span is None or stop > span.stop:

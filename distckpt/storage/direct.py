@@ -236,7 +236,7 @@ def _read_aligned(direct: int, view: memoryview, offset: int, buffer: memoryview
         return 0
     useful = min(got - skip, len(view))
     if not in_place and useful > 0:
-        _libc.memmove(address(view), address(buffer) + skip, useful)
+        copy_memory(view[:useful], buffer[skip : skip + useful])
     return useful
 
 
