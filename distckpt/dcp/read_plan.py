@@ -7,6 +7,7 @@ tensors cost no more requests than a large one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from operator import attrgetter, itemgetter
 
@@ -31,8 +32,12 @@ it is hashed and copied on.
 """
 FAR_SPAN = 4 << 20
 """The same where each request costs tens of milliseconds (object stores)."""
-GAP = 256 << 10
-"""Runs of one file with at most this many unwanted bytes between them are read in one request."""
+WHOLE, PART, CUT = range(3)
+"""What a rank wants of a tensor: all of it, elements of a stored box that lie together, or a part of each of its rows."""
+KINDS = (WHOLE, PART, CUT)
+GAP = 64 << 10
+"""Runs of one file with at most this many unwanted bytes between them are read in one request, if kinds are not apart:
+then others may want them."""
 
 
 class Want(msgspec.Struct, frozen=True, eq=False):
@@ -81,6 +86,7 @@ class Request(msgspec.Struct, eq=False):
 
     shard: int
     runs: list[Run]
+    kind: int = WHOLE
 
     @property
     def path(self) -> str:
@@ -103,11 +109,13 @@ class Request(msgspec.Struct, eq=False):
         return all(run.in_place for run in self.runs) and sum(r.nbytes for r in self.runs) == self.stop - self.start
 
 
-def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
+def plan_requests(index: ShardIndex, wants: Sequence[Want], *, apart: bool = False) -> list[Request]:
     """Return the requests that fill every want; each block is in one of them, however many wants it serves.
 
-    Opens the headers of the shards that can hold a wanted box, no others. Raises ``IncompatibleState`` where the
-    checkpoint lacks a part of a want or the target has another shape.
+    ``apart``: a request is of one kind, so that ranks can read together what they want alike, whatever else each
+    wants: weights that all hold beside optimizer state that is partitioned, columns of matrices beside parts of
+    vectors. Else all are ``WHOLE``. Opens the headers of the shards that can hold a wanted box, no others. Raises
+    ``IncompatibleState`` where the checkpoint lacks a part of a want or the target has another shape.
     """
     found: dict[tuple[int, int, str], tuple[StoredBox, list[Use]]] = {}
     for want in wants:
@@ -128,15 +136,19 @@ def plan_requests(index: ShardIndex, wants: Sequence[Want]) -> list[Request]:
                 f"{want.fqn}: checkpoint at {index.folder} holds {covered} of the {want.box.numel} elements of box "
                 f"{want.box.offsets}+{want.box.sizes}"
             )
-    by_file: dict[tuple[int, str], list[Run]] = {}
+    by_file: dict[tuple[int, int, str], list[Run]] = {}
     shards = {shard: (index.header(shard).block, index.path(shard)) for shard, _, _ in found}
     for (shard, _, _), (stored, uses) in sorted(found.items(), key=itemgetter(0)):
-        for run in _runs(stored, uses, *shards[shard]):
-            by_file.setdefault((shard, run.path), []).append(run)
+        kind = min(map(_kind, uses, itertools.repeat(stored))) if apart else WHOLE
+        for run in _runs(stored, uses, kind, *shards[shard]):
+            by_file.setdefault((kind, shard, run.path), []).append(run)
     for every in by_file.values():
         every.sort(key=attrgetter("start"))
     span = FAR_SPAN if index.store.capabilities.latency else SPAN
-    return [Request(shard, runs) for (shard, _), every in by_file.items() for runs in _packed(every, span)]
+    gap = 0 if apart else GAP
+    return [
+        Request(shard, runs, kind) for (kind, shard, _), every in by_file.items() for runs in _packed(every, span, gap)
+    ]
 
 
 def _use(want: Want, stored: StoredBox) -> Use:
@@ -154,9 +166,18 @@ def _use(want: Want, stored: StoredBox) -> Use:
     return Use(want, common, source[0] * size, source[1] * size, target.data_ptr() + place[0] * size)
 
 
-def _runs(stored: StoredBox, uses: list[Use], block: int, shard: str) -> Iterator[Run]:
+def _kind(use: Use, stored: StoredBox) -> int:
+    if use.want.box.sizes == stored.global_shape:
+        return WHOLE
+    flat = use.end or is_flat_range(use.common.relative_to(stored.box.offsets), stored.box.sizes) is not None
+    return PART if flat else CUT
+
+
+def _runs(stored: StoredBox, uses: list[Use], kind: int, block: int, shard: str) -> Iterator[Run]:
     """Yield the runs of a stored box's blocks that hold wanted elements, in order; ``shard`` is the file that lists it."""
     spans = [span for use in uses for span in _touched(stored, use, block)]
+    if kind == CUT:
+        spans = _widened(spans, -(-stored.nbytes // block))
     for first, last in spans if len(spans) == 1 else _union(spans):
         if not stored.runs:
             nbytes = min(last * block, stored.nbytes) - first * block
@@ -164,6 +185,17 @@ def _runs(stored: StoredBox, uses: list[Use], block: int, shard: str) -> Iterato
         for part in cut(stored.runs, first, last, block):
             nbytes = run_bytes(part, stored.nbytes, block)
             yield Run(part.path or shard, stored, uses, part.first, part.first + part.count, part.start, nbytes, block)
+
+
+def _widened(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Return all ``count`` blocks where one at each end at most is missing.
+
+    Ranks with other columns of the same rows miss another one; with it they want the same and can read together.
+    """
+    low, high = min(first for first, _ in spans), max(last for _, last in spans)
+    if low <= 1 and high >= count - 1 and sum(last - first for first, last in _union(spans)) == high - low:
+        return [(0, count)]
+    return spans
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -207,7 +239,7 @@ def _span(box: Box, shape: Sequence[int]) -> tuple[int, int]:
     return low, high + 1
 
 
-def _packed(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
+def _packed(runs: Sequence[Run], most: int, most_gap: int) -> Iterator[list[Run]]:
     """Pack runs of one file, in file order, into requests; long runs are cut between blocks."""
     request: list[Run] = []
     for run in runs:
@@ -215,7 +247,7 @@ def _packed(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
         while rest is not None:
             begin = request[0].start if request else rest.start
             gap = rest.start - (request[-1].start + request[-1].nbytes) if request else 0
-            if request and (gap > GAP or begin + most - rest.start < min(rest.nbytes, rest.block)):
+            if request and (gap > most_gap or begin + most - rest.start < min(rest.nbytes, rest.block)):
                 yield request
                 request = []
                 continue

@@ -84,10 +84,10 @@ class CheckpointReader:
         self.read_requests(self.plan(wants), threads=threads, compare=compare, progress=progress)
         return self.stats
 
-    def plan(self, wants: Sequence[Want]) -> list[Request]:
-        """Return the requests that fill every want; opens headers as needed. Raises as ``read`` does."""
+    def plan(self, wants: Sequence[Want], *, apart: bool = False) -> list[Request]:
+        """Return the requests that fill every want (``plan_requests``); opens headers as needed. Raises as ``read`` does."""
         self.stats.wanted_bytes += sum(want.target.nbytes for want in wants)
-        return plan_requests(self.index, [want for want in wants if want.target.numel() or want.box.numel])
+        return plan_requests(self.index, [w for w in wants if w.target.numel() or w.box.numel], apart=apart)
 
     def read_requests(
         self, requests: Sequence[Request], *, threads: int, compare: bool = False, progress: Progress = None
@@ -110,10 +110,10 @@ class CheckpointReader:
         threads: int,
         decide: Callable[[share.Rates], bool],
         progress: Progress = None,
-    ) -> None:
+    ) -> list[Request]:
         """Do what was planned together with the ranks of ``group``, who planned the same: each byte is read once.
 
-        ``decide`` may stop that after some turns, on all ranks alike; the rest is then read alone.
+        ``decide`` may stop that after some turns, on all ranks alike; returns the rest, for ``read_requests``.
         """
         with _OpenFiles(self.store) as files:
 
@@ -126,9 +126,7 @@ class CheckpointReader:
                 if progress is not None:
                     progress(request.stop - request.start)
 
-            work = share.SharedRead(group, requests, fetch, deliver, self._depth(threads))
-            rest = work.run(decide)
-        self.read_requests(rest, threads=threads, progress=progress)
+            return share.SharedRead(group, requests, fetch, deliver, self._depth(threads)).run(decide)
 
     def _depth(self, threads: int) -> int:
         if self.store.capabilities.latency:

@@ -27,7 +27,7 @@ from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
 from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
-from distckpt.manager.reading import Restore, group_offers, may_share, read_planned
+from distckpt.manager.reading import Restore, group_offers, groups_with, may_share, offers, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
@@ -64,8 +64,8 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
         matched.append(found)
         told = [offer_names(agreement, every, found.report.unexpected)]
         if shared and not found.problems and not (load.options.strict and found.report.missing):
-            planned.extend(_plan_here(load, found))
-            told += [share.fingerprint(planned), str(share.size_of(planned))]
+            planned.extend(_plan_here(load, found, apart=True))
+            told += offers(planned)
         return told
 
     def common(by_rank: Sequence[Sequence[str]]) -> list[str]:
@@ -77,13 +77,12 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
 
     answer, *groups = _together(agreement, f"{key}/names", load, match, combine=common)
     unexpected = names_of(answer, every, matched[0].report.unexpected)
-    group: list[int] = next((ranks for text in groups for ranks in msgspec.json.decode(text) if agreement.rank in ranks), [])
 
     def read() -> list[str]:
         _refuse_here(load, matched[0], unexpected)
         if not planned:
             planned.extend(_plan_here(load, matched[0]))
-        read_planned(agreement, f"{key}/bytes", load, planned, group)
+        read_planned(agreement, f"{key}/bytes", load, planned, groups_with(agreement.rank, groups))
         return []
 
     def place() -> list[str]:
@@ -166,9 +165,9 @@ def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
     return _Matched(report, state, extras, objects, optimizer, problems)
 
 
-def _plan_here(load: Restore, matched: _Matched) -> list[Request]:
+def _plan_here(load: Restore, matched: _Matched, *, apart: bool = False) -> list[Request]:
     wants = fill_small(_wants(matched.state, matched.extras, matched.report), load.small, load.reader.manifest)
-    return load.reader.plan(wants)
+    return load.reader.plan(wants, apart=apart)
 
 
 def _refuse_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
