@@ -24,7 +24,7 @@ REQUEST = 8 << 20
 HUGE_PAGE = 2 << 20
 _IOV_MAX = 1024
 _MADV_POPULATE_WRITE = 23
-DIRECT_READ = 1 << 20
+DIRECT_READ = 128 << 10
 """Reads of at least this many bytes go past the page cache, unless it has them."""
 
 _libc = ctypes.CDLL(None)  # its calls let go of the interpreter lock
