@@ -50,7 +50,8 @@ class Pool:
             env = {
                 "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.world)),
                 "GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "attempts:0", "TORCH_CPP_LOG_LEVEL": "ERROR",
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(self.world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             }  # fmt: skip

@@ -224,6 +224,9 @@ def _touched(stored: StoredBox, use: Use, block: int) -> list[tuple[int, int]]:
         return [(flat[0] * size // block, (flat[1] * size - 1) // block + 1)]
     row = stored.nbytes // stored.box.sizes[0]
     low, high = _span(Box(inner.offsets[1:], inner.sizes[1:]), stored.box.sizes[1:])
+    if row - (high - low) * size < block:  # no room for a block between one row's elements and the next's
+        start, end = inner.offsets[0] * row + low * size, (inner.ends[0] - 1) * row + high * size
+        return [(start // block, (end - 1) // block + 1)]
     return _union(
         [
             ((index * row + low * size) // block, (index * row + high * size - 1) // block + 1)

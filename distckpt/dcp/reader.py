@@ -122,11 +122,15 @@ class CheckpointReader:
                 self._count(request.stop - request.start, 0)
 
             def deliver(request: Request, buffer: memoryview) -> None:
-                self._deliver(request, buffer, False)
+                self._deliver(request, buffer, compare=False, verified=True)
                 if progress is not None:
                     progress(request.stop - request.start)
 
-            return share.SharedRead(group, requests, fetch, deliver, self._depth(threads)).run(decide)
+            depth = self._depth(threads)
+            work = share.SharedRead(
+                group, requests, fetch=fetch, verify=self._verify_all, deliver=deliver, threads=depth
+            )
+            return work.run(decide)
 
     def _depth(self, threads: int) -> int:
         if self.store.capabilities.latency:
@@ -141,7 +145,7 @@ class CheckpointReader:
         with POOL.lend(nbytes + 2 * ALIGNMENT) as buffer:
             self._fetch(file, request, buffer)
             self._count(nbytes, 0)
-            self._deliver(request, buffer, compare)
+            self._deliver(request, buffer, compare=compare)
 
     def _file(self, files: _OpenFiles, request: Request) -> Reader:
         with self._named(request):  # a file of an earlier step may be gone, and nothing has looked at it yet
@@ -187,14 +191,19 @@ class CheckpointReader:
                     self._verify(request, run, number, view)
         return True
 
-    def _deliver(self, request: Request, buffer: memoryview, compare: bool) -> None:
-        """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
-        start = share.span(request)[0]
-        for run in request.runs:
-            data = buffer[run.start - start : run.start - start + run.nbytes]
-            source = address(data) - run.first * run.block
+    def _verify_all(self, request: Request, buffer: memoryview) -> None:
+        """Verify a request; ``buffer`` begins at its first page."""
+        for run, data in _data(request, buffer):
             for number in range(run.first, run.last):
                 self._verify(request, run, number, data)
+
+    def _deliver(self, request: Request, buffer: memoryview, *, compare: bool, verified: bool = False) -> None:
+        """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
+        for run, data in _data(request, buffer):
+            source = address(data) - run.first * run.block
+            for number in range(run.first, run.last):
+                if not verified:
+                    self._verify(request, run, number, data)
                 if not compare:
                     _hand_out(run, number, source)
             for use in run.uses:
@@ -257,6 +266,13 @@ class _OpenFiles:
     def __exit__(self, *error: object) -> None:
         for reader in self._open.values():
             reader.close()
+
+
+def _data(request: Request, buffer: memoryview) -> Iterator[tuple[Run, memoryview]]:
+    """Yield a request's runs and the bytes of each."""
+    start = share.span(request)[0]
+    for run in request.runs:
+        yield run, buffer[run.start - start : run.start - start + run.nbytes]
 
 
 def _hand_out(run: Run, number: int, source: int) -> None:

@@ -1,13 +1,13 @@
 """Replicated loads: ranks that want the same bytes read each of them once, and pass them on to each other.
 
 DCP's load reads replicated data once per rank (torchtitan issue 4035); the way out is ByteCheckpoint's (arXiv 2407.20143):
-every rank of a group reads its share, then they exchange. Bytes travel as they are stored and each rank verifies all of
-them, so damage is found by all ranks at once and nobody trusts another's check. Ranks of one host have the bytes in common
-memory, others send them.
+every rank of a group reads its share, then they exchange. Ranks of one host have the bytes in common memory, and who read
+them verifies them there, before the others look. Elsewhere bytes travel as they are stored and each rank verifies all.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ LEAST_BYTES = 32 << 20
 TURN = 8 << 20
 MEMORY = 64 << 20
 """Most bytes of all ranks' turns that one rank holds; a turn is what each rank reads between two exchanges."""
-BUFFERS = 3
-"""Of each rank, where others look into them: one is filled, one is looked at, and slower ranks still look at one."""
+AHEAD = 2
+"""Turns that are read while one is handed out: with fewer the disk waits wherever verifying takes as long as reading."""
+BUFFERS = AHEAD + 2
+"""Of each rank, where others look into them: one is looked at, and slower ranks still look at the one before."""
 PROBE = 2
 """Turns before ``auto`` decides; the last of them is measured."""
 
-Deliver = Callable[[Request, memoryview], None]
-Fetch = Callable[[Request, memoryview], None]
+Work = Callable[[Request, memoryview], None]
+"""What is done to a request and the buffer of its span."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +91,28 @@ def span(request: Request) -> tuple[int, int]:
 
 
 class SharedRead:
-    """One shared read of one rank. ``fetch`` fills a buffer with a request's span, ``deliver`` verifies and hands out.
+    """One shared read of one rank. ``fetch`` fills a buffer with a request's span, ``deliver`` hands it out.
 
-    ``group``: a gloo process group of the ranks that planned the same, with a timeout.
+    ``verify`` raises for damage. ``group``: a gloo process group of the ranks that planned the same, with a timeout.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, requests: Sequence[Request], fetch: Fetch, deliver: Deliver, threads: int
+        self,
+        group: dist.ProcessGroup,
+        requests: Sequence[Request],
+        *,
+        fetch: Work,
+        verify: Work,
+        deliver: Work,
+        threads: int,
     ) -> None:
-        self._group, self._fetch, self._deliver = group, fetch, deliver
+        self._group, self._fetch, self._verify, self._deliver = group, fetch, verify, deliver
         self._members, self._me = group.size(), group.rank()
         longest = max((span(r)[1] - span(r)[0] for r in requests), default=0)
         self._turn = max(longest, min(TURN, MEMORY // self._members // ALIGNMENT * ALIGNMENT))
         self._turns = list(_turns(deal(requests, self._members), self._turn))
+        # Two pools: what was read is not to wait for threads that wait for the disk.
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="distckpt-share-read")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distckpt-share")
         common = common_memory(group, self._turn, BUFFERS) if self._turns else None
         self._in_common = common is not None
@@ -115,7 +126,7 @@ class SharedRead:
 
         Errors do not leave the others waiting: a rank takes part to the end and raises then.
         """
-        with self._pool:
+        with self._readers, self._pool:
             read = link = 0.0
             for number in range(min(PROBE, len(self._turns))):  # one thing after the other, to be measured
                 started = clock.monotonic()
@@ -135,11 +146,11 @@ class SharedRead:
         return []
 
     def _go_on(self, first: int) -> None:
-        """Run the turns from the ``first`` on, reading one ahead."""
-        reading = self._start(first)
+        """Run the turns from the ``first`` on, reading ahead."""
+        reading = deque(self._start(number) for number in range(first, first + AHEAD))
         for number in range(first, len(self._turns)):
-            self._wait(reading)
-            reading = self._start(number + 1)
+            self._wait(reading.popleft())
+            reading.append(self._start(number + AHEAD))
             self._exchange(number)
             self._hand_out(number)
 
@@ -148,12 +159,22 @@ class SharedRead:
         jobs, at, buffer = [], 0, _of_turn(self._own, number)
         for request in self._turns[number][self._me] if number < len(self._turns) else ():
             start, stop = span(request)
-            jobs.append(self._pool.submit(self._fetch, request, buffer[at : at + stop - start]))
+            jobs.append(self._readers.submit(self._read, request, buffer[at : at + stop - start]))
             at += stop - start
         return jobs
 
+    def _read(self, request: Request, buffer: memoryview) -> None:
+        self._fetch(request, buffer)
+        if self._in_common:  # others look at these very bytes
+            self._verify(request, buffer)
+
+    def _take(self, request: Request, buffer: memoryview) -> None:
+        if not self._in_common:
+            self._verify(request, buffer)
+        self._deliver(request, buffer)
+
     def _wait(self, jobs: Sequence[Future[None]]) -> None:
-        """Wait for jobs; the first error is kept. What a failed read left in its buffer no rank can take for the bytes."""
+        """Wait for jobs; the first error is kept, for the end: no rank takes what was read if one has an error."""
         for job in jobs:
             error = job.exception()
             if isinstance(error, Exception):
@@ -175,7 +196,7 @@ class SharedRead:
             at, buffer = 0, _of_turn(views, number)
             for request in share:
                 start, stop = span(request)
-                jobs.append(self._pool.submit(self._deliver, request, buffer[at : at + stop - start]))
+                jobs.append(self._pool.submit(self._take, request, buffer[at : at + stop - start]))
                 at += stop - start
         self._wait(jobs)
 

@@ -111,9 +111,9 @@ def load_by(rank: int, root: Path, link: str) -> dict[str, Any]:
         os.memfd_create = _refused  # type: ignore[assignment]
     real = CheckpointReader._deliver
 
-    def slowly(*args: Any) -> None:
+    def slowly(*args: Any, **options: Any) -> None:
         time.sleep(0.002 * rank)
-        real(*args)
+        real(*args, **options)
 
     CheckpointReader._deliver = slowly  # type: ignore[method-assign]
     used: list[bool] = []
