@@ -5,30 +5,41 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def run_all(work: Callable[[T], object], requests: Sequence[T], threads: int, name: str) -> None:
-    """Call ``work`` with every request, on at most ``threads`` threads named after ``name``.
+    """Call ``work`` with every request, on at most ``threads`` threads named after ``name``; they begin in order.
 
-    With one thread or one request it runs in order on the caller's own. The first failed request's error is raised once
-    those under way have ended; requests not yet begun are dropped.
+    With one thread or one request it runs on the caller's own. The first failed request's error is raised once those
+    under way have ended; requests not yet begun are dropped.
     """
+    left = iter(requests)  # threads take from it one at a time: next() of a sequence's iterator is atomic
+    failed = threading.Event()
+
+    def run() -> None:
+        try:
+            for request in left:
+                if failed.is_set():
+                    return
+                work(request)
+        except BaseException:
+            failed.set()
+            raise
+
     if threads <= 1 or len(requests) <= 1:
-        for request in requests:
-            work(request)
+        run()
         return
     with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix=f"distckpt-{name}") as pool:
-        futures = [pool.submit(work, request) for request in requests]
+        running = [pool.submit(run) for _ in range(min(threads, len(requests)))]
         try:
-            for future in futures:
+            for future in as_completed(running):
                 future.result()
         finally:
-            for future in futures:
-                future.cancel()
+            failed.set()  # also when the caller is interrupted
 
 
 def local_ranks() -> int:

@@ -156,6 +156,10 @@ def read_direct(direct: int, view: memoryview, offset: int) -> int:
     return done
 
 
+WRONG = 8
+"""Wrong answers about the page cache after which it is not asked any more."""
+
+
 class Residency:
     """What the page cache has of an open file, as mincore(2) tells; asking reads nothing. Safe in several threads.
 
@@ -166,11 +170,11 @@ class Residency:
         """Map the file's ``size`` bytes; its pages are never touched. What cannot be mapped is nowhere resident."""
         self._size = size
         self._start: int = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0) if size else _MAP_FAILED
-        self._trusted = True
+        self._wrong = 0
 
     def holds(self, offset: int, nbytes: int) -> bool:
         """Whether every page of the range is in memory. The first is asked for alone: what is cold is cold from there."""
-        if not self._trusted or self._start == _MAP_FAILED or not 0 <= offset < offset + nbytes <= self._size:
+        if self._wrong > WRONG or self._start == _MAP_FAILED or not 0 <= offset < offset + nbytes <= self._size:
             return False
         first, last = offset // mmap.PAGESIZE, -(-(offset + nbytes) // mmap.PAGESIZE)
         return self._all(first, 1) and self._all(first, last - first)
@@ -189,8 +193,8 @@ class Residency:
         return _resident(found.raw)
 
     def distrust(self) -> None:
-        """Answer no from now on: an answer was wrong."""
-        self._trusted = False
+        """Remember that a yes was wrong. A page may be there and locked just now; after a few it is always no."""
+        self._wrong += 1
 
     def close(self) -> None:
         """Unmap it; nobody may ask any more."""

@@ -9,10 +9,11 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from distckpt.storage import direct
+from distckpt.storage import direct, posix_reader
 from distckpt.storage.base import open_reader
 from distckpt.storage.posix import PosixStore
 
@@ -116,7 +117,9 @@ def test_a_cold_read_leaves_the_page_cache_cold(tmp_path: Path) -> None:
         assert file.read(2 * MIB) == target[MIB : 3 * MIB]
         assert cached.holds(2 * MIB + 5, 2 * MIB - 9)
         assert reader.read_cached(2 * MIB, [memoryview(target)[: 2 * MIB]])
-        cached.distrust()
+        for wrong in range(direct.WRONG + 1):
+            assert cached.holds(2 * MIB, 4096), wrong
+            cached.distrust()
         assert not cached.holds(2 * MIB, 4096)
         cached.close()
 
@@ -148,3 +151,25 @@ def test_faults_are_taken_before_the_first_touch() -> None:
     other[::4096] = b"x" * len(other[::4096])
     assert filled - before < resource.getrusage(resource.RUSAGE_SELF).ru_minflt - filled
     assert bytes(memory[1:4096]) == bytes(4095)
+
+
+def test_a_cached_file_is_read_from_memory_though_one_request_of_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page may be locked for a moment: that request goes another way, those after it do not."""
+    content = random.Random(2).randbytes(8 * MIB)
+    (tmp_path / "file").write_bytes(content)
+    real, answers = posix_reader.read_resident, []
+
+    def refusing(*args: Any) -> bool:
+        answers.append(False if len(answers) == 2 else real(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(posix_reader, "read_resident", refusing)
+    with contextlib.closing(open_reader(PosixStore(tmp_path), "file")) as reader:
+        target = bytearray(8 * MIB)
+        for start in range(0, 8 * MIB, MIB):
+            reader.read_into(start, memoryview(target)[start : start + MIB])
+    assert target == content
+    assert len(answers) == 8
+    assert answers.count(True) == 7
