@@ -18,7 +18,7 @@ from benchmarks import tasks
 from benchmarks.limits import drop_caches
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
-from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle
+from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle, together
 from benchmarks.shapes import CHANGING, COLUMNS, FLAT, ROWS, Workload, make_workload
 from distckpt.storage.probes import warm_caches
 
@@ -128,9 +128,10 @@ class Pass:
             cold = partial(self._load, peer, files)
             self.bench.measure(self.about(part, peer, number), cold, self.bench.read_limit(files), failed=self.failed)
             if warm and peer not in self.failed:
-                probe = self.bench.copy_limit(self.reader(), self.nbytes)
+                copy, cached = self.bench.copy_limit(self.reader(), self.nbytes), self.bench.cached_limit(files)
                 hot = partial(self._load, peer, files, warm=True)
-                self.bench.measure(self.about("warm load", peer, number), hot, probe, failed=self.failed)
+                self.bench.measure(self.about("warm load", peer, number), hot, together(copy, cached),
+                                   failed=self.failed)  # fmt: skip
 
     def _load(self, peer: str, files: Sequence[Path], *, warm: bool = False) -> Row:
         reader, files = self.reader(), list(files)

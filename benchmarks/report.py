@@ -57,12 +57,13 @@ def machine(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- one row
 
 
-def fraction_of_limit(row: Row) -> float:
+def fraction_of_limit(row: Row, kind: str = "") -> float:
     """Return the row's share of its limit: 1.0 is the raw machine. A stall: the copy's time over the stall's.
 
-    Raises ``NoProbe`` where the row has no probe of that limit, before and after, and ``ValueError`` where it has no time.
+    ``kind``: another limit than the usual one of the row's part. Raises ``NoProbe`` where the row has no probe of that
+    limit, before and after, and ``ValueError`` where it has no time.
     """
-    kind = LIMITS.get(row["part"], "")
+    kind = kind or LIMITS.get(row["part"], "")
     if not kind or kind not in row.get("limit", {}) or len(row.get("probes", ())) != 2:
         raise NoProbe(
             f"{row['workload']}, {row['part']}, {row['peer']}: no probe of {kind or 'any limit'} in this turn"
@@ -112,10 +113,10 @@ class Summary:
         values = [row["seconds"] for row in self.rows]
         return f"{min(values):.3f} – {max(values):.3f}" if values else ""
 
-    def fraction(self) -> float | None:
+    def fraction(self, kind: str = "") -> float | None:
         """Return the median share of the limit; None if a turn lacks its probe or nothing was measured."""
         try:
-            return statistics.median(fraction_of_limit(row) for row in self.rows) if self.rows else None
+            return statistics.median(fraction_of_limit(row, kind) for row in self.rows) if self.rows else None
         except ValueError:
             return None
 

@@ -18,15 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import limits, meters
 from benchmarks.pool import ROOT, Pool, RanksFailed
 from benchmarks.shapes import Workload
 from distckpt.storage.probes import VOID as VOID
-from distckpt.storage.probes import Point, best_point, differ
+from distckpt.storage.probes import Point, best_point, differ, warm_caches
 
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
+CACHED_REQUEST = 2 << 20
+"""Bytes of one request of the page cache, as in a load."""
 
 
 def palindrome(peers: Sequence[str]) -> list[str]:
@@ -108,6 +112,7 @@ class Bench:
         self._pools: dict[str, Pool] = {}
         self._built: dict[str, tuple[int, Workload]] = {}
         self._steps = 0
+        self._touched = np.empty(0, np.uint8)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.turns = Turns(self.settings.again)
         self.write_point = self.read_point = Point()
@@ -236,6 +241,19 @@ class Bench:
         point, large = self.read_point, [path for path in files if path.stat().st_size]
         return lambda: {"read": limits.disk_read(large, threads=point.threads, request=point.request)}
 
+    def cached_limit(self, files: Sequence[Path]) -> Probe:
+        """Return a probe of reading these files from the page cache and hashing them; of one process, of all processors."""
+        large = [path for path in files if path.stat().st_size]
+        room = sum(path.stat().st_size + CACHED_REQUEST for path in large)
+        if self._touched.size < room:
+            self._touched = np.ones(room, np.uint8)
+
+        def probe() -> dict[str, float]:
+            warm_caches(large)
+            return {"cached": limits.cached_read(large, self._touched, request=CACHED_REQUEST)}
+
+        return probe
+
     def copy_limit(self, pool: Pool, nbytes: int) -> Probe:
         """Return a probe of copying the live state, by all ranks at once."""
         from benchmarks import tasks
@@ -246,6 +264,11 @@ class Bench:
             return {"copy": nbytes / fastest}
 
         return probe
+
+
+def together(*every: Probe) -> Probe:
+    """Return a probe of several limits."""
+    return lambda: {name: value for probe in every for name, value in probe().items()}
 
 
 def merged(replies: Sequence[Mapping[str, Any]], nbytes: int) -> Row:

@@ -25,7 +25,6 @@ class PosixReader:
         self._fd = os.dup(fd)
         self._direct = -1
         self._residency: Residency | None = None
-        self._warm = False
         self._lock = threading.Lock()
         with contextlib.suppress(OSError):  # refused: tmpfs, some FUSE
             self._direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -62,17 +61,16 @@ class PosixReader:
         return read_direct(self._direct, view, offset) if self._direct >= 0 else 0
 
     def _resident(self, views: Sequence[memoryview], offset: int) -> bool:
-        """Fill the views if the page cache has all of it; not asked first where the request before found everything."""
+        """Fill the views if the page cache has all of it."""
         with self._lock:
             if self._residency is None:
                 self._residency = Residency(self._fd, self._size)
-        asked = not self._warm
-        if asked and not self._residency.holds(offset, sum(map(len, views))):
+        if not self._residency.holds(offset, sum(map(len, views))):
             return False
-        self._warm = read_resident(self._fd, views, offset)
-        if asked and not self._warm:
-            self._residency.distrust()
-        return self._warm
+        if read_resident(self._fd, views, offset):
+            return True
+        self._residency.distrust()
+        return False
 
     def close(self) -> None:
         """See ``Reader.close``."""
