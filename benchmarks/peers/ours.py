@@ -95,6 +95,7 @@ class Ours(Peer):
         self._job: tuple[Path, bool] | None = None
         self._counters: dict[str, Any] = {}
         self._before: dict[str, int] = {}
+        self._model: tuple[Live, nn.Module] | None = None
 
     def path(self, root: Path, step: int) -> Path:
         return root / self.name / f"step-{step:010d}"
@@ -110,7 +111,13 @@ class Ours(Peer):
             return CheckpointManager(config, model=model, optimizer=optimizer)
         if live.workload.placement == FLAT and live.world > 1:
             return CheckpointManager(config, engine=FlatEngine(live))
-        return CheckpointManager(config, model=module_of(live.tensors if live.world > 1 else live_tensors(live)))
+        return CheckpointManager(config, model=self._model_of(live))
+
+    def _model_of(self, live: Live) -> nn.Module:
+        """Return the state as a module: a job has its model before it loads, and making one is not loading."""
+        if self._model is None or self._model[0] is not live:
+            self._model = live, module_of(live.tensors if live.world > 1 else live_tensors(live))
+        return self._model[1]
 
     def _saving(self, root: Path, live: Live, *, background: bool) -> CheckpointManager:
         """Return the manager of the job that saves there; one job at a time owns a root."""
