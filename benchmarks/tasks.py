@@ -20,6 +20,8 @@ from benchmarks.payload import Live
 from benchmarks.shapes import Workload
 from benchmarks.worker import Worker
 
+SCRATCH = 256 << 20
+"""Bytes that the state is copied to, again and again: every process holds them. Copies as large go past the caches."""
 Measured = dict[str, Any]
 
 
@@ -37,7 +39,7 @@ def build(worker: Worker, workload: Workload, filled: bool) -> Measured:
     worker.noise.versions.clear()
     worker.live = Live(workload, worker.rank, worker.world, worker.arena, worker.noise)
     worker.live.fill() if filled else worker.live.poison()
-    worker.scratch.take(max(worker.live.nbytes, 1 << 20))
+    worker.scratch.take(min(SCRATCH, max(worker.live.nbytes, 1 << 20)))
     return {"nbytes": worker.live.nbytes, "tensors": len(worker.live.locals)}
 
 
@@ -173,7 +175,7 @@ def copy_limit(worker: Worker) -> list[tuple[float, float]]:
     """
     live = state_of(worker)
     whole = worker.arena.take(live.nbytes)
-    scratch = worker.scratch.take(max(live.nbytes, 1 << 20))  # less would stay in a large cache, which no copy can
+    scratch = worker.scratch.take(min(SCRATCH, max(live.nbytes, 1 << 20)))
     spans = []
     for threads in sorted({1, torch.get_num_threads()}):
         worker.barrier()
