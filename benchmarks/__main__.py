@@ -5,7 +5,7 @@
     python -m benchmarks --only train --peers distckpt,dcp-async-thread
 
 Results go to OUT as JSON lines, PNG files and one HTML page; the tables are printed. Exit status 1 if anything that was
-loaded was not what was saved.
+loaded was not what was saved, or a job could not go on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks import measures, plots, report
 from benchmarks.jobs import Job, all_jobs
 from benchmarks.peers import HOMES
+from benchmarks.pool import RanksFailed
 from benchmarks.run import Bench, Settings, json_lines
 
 QUICK_BYTES, FULL_BYTES = 200_000_000, 1_760_000_000
@@ -64,7 +65,7 @@ def chosen(jobs: list[Job], settings: Settings) -> list[Job]:
 
 
 def run(settings: Settings, folder: Path, out: Path) -> report.Results:
-    """Run the jobs and return all rows; they are written as they come."""
+    """Run the jobs and return all rows; they are written as they come. A job whose ranks fail is left, not the others."""
     sink = json_lines(out / "results.jsonl")
     bench = Bench(settings, folder, sink)
     facts = report.machine(folder, asdict(settings))
@@ -74,8 +75,15 @@ def run(settings: Settings, folder: Path, out: Path) -> report.Results:
         for job in chosen(all_jobs(), settings):
             started = time.monotonic()
             print(f"== {job.name}: {job.title}", file=sys.stderr, flush=True)
-            job.run(bench)
-            bench.add({"kind": "job", "job": job.name, "seconds": time.monotonic() - started})
+            failure = ""
+            try:
+                job.run(bench)
+            except RanksFailed as error:
+                failure = str(error)
+                print(f"{job.name} was left: {failure}", file=sys.stderr, flush=True)
+                bench.close()  # memory that other ranks hold may be why
+            row = {"kind": "job", "job": job.name, "seconds": time.monotonic() - started}
+            bench.add({**row, "error": failure} if failure else row)
     finally:
         bench.close()
     return report.Results(bench.rows, facts)
@@ -103,10 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
         results = run(settings, Path(folder), args.out.resolve())
     show(results, args.out)
+    left = [row["job"] for row in results.rows if row["kind"] == "job" and "error" in row]
+    if left:
+        print(f"LEFT: {', '.join(left)}; see the rows of kind 'job'", file=sys.stderr)
     wrong = [s for s in results.summaries() if s.wrong]
     for s in wrong:
         print(f"WRONG: {s.workload} x{s.world}, {s.part}, {s.peer}: {s.wrong}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong or left else 0
 
 
 if __name__ == "__main__":

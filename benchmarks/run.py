@@ -151,6 +151,7 @@ class Bench:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+        self._built.clear()
 
     # ------------------------------------------------------------------ rows
 

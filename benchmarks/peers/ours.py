@@ -104,7 +104,8 @@ class Ours(Peer):
         """Return a manager over the live state: a training job's, which has its own, or the module made here."""
         config = CheckpointConfig(
             root / self.name, async_save=background, save_total_limit=None, preemption_signals=(), control_file=None,
-            verbose=False, max_consecutive_failures=0, **(self.settings if background or not self.in_background else {}),
+            verbose=False, max_consecutive_failures=0, start_fresh=True,  # a rank that was ended saves where it saved before
+            **(self.settings if background or not self.in_background else {}),
         )  # fmt: skip
         model, optimizer = getattr(live, "model", None), getattr(live, "optimizer", None)
         if model is not None:

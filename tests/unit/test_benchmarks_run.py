@@ -128,3 +128,21 @@ def test_the_command_writes_rows_a_page_and_says_what_is_missing(
     assert {r["part"] for r in results.rows if r["kind"] == "row"} >= {"first save", "save", "cold load", "warm load"}
     assert "<h1>" in (out / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left of what was measured
+
+
+def test_a_job_whose_ranks_die_is_left_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    every = {job.name: job for job in jobs.all_jobs()}
+    dying = jobs.Job("dying", "its ranks die", lambda bench: bench.pool(1, "writer").call(die))
+    monkeypatch.setattr(program, "all_jobs", lambda: [dying, every["one-big"]])
+    arguments = ["--full", "--only", "dying", "--only", "one-big", "--peers", "distckpt", "--mbytes", "2"]
+    out = tmp_path / "out"
+    assert program.main([*arguments, "--rounds", "1", "--again", "0", "--folder", str(tmp_path), "--out", str(out)]) == 1
+    assert "LEFT: dying" in capsys.readouterr().err
+    ended = [row for row in report.read_results(out / "results.jsonl").rows if row["kind"] == "job"]
+    assert [row["job"] for row in ended] == ["dying", "one-big"]
+    assert "died with status 7" in ended[0]["error"]
+    assert "error" not in ended[1]
