@@ -75,15 +75,14 @@ def run(settings: Settings, folder: Path, out: Path) -> report.Results:
         for job in chosen(all_jobs(), settings):
             started = time.monotonic()
             print(f"== {job.name}: {job.title}", file=sys.stderr, flush=True)
-            failure = ""
+            row = {"kind": "job", "job": job.name}
             try:
                 job.run(bench)
             except RanksFailed as error:
-                failure = str(error)
-                print(f"{job.name} was left: {failure}", file=sys.stderr, flush=True)
+                row["error"] = str(error)
+                print(f"{job.name} was left: {error}", file=sys.stderr, flush=True)
                 bench.close()  # memory that other ranks hold may be why
-            row = {"kind": "job", "job": job.name, "seconds": time.monotonic() - started}
-            bench.add({**row, "error": failure} if failure else row)
+            bench.add({**row, "seconds": time.monotonic() - started})
     finally:
         bench.close()
     return report.Results(bench.rows, facts)

@@ -75,7 +75,7 @@ def disk_read(paths: list[Path], *, threads: int = 8, request: int = REQUEST) ->
     return total / seconds
 
 
-def cached_read(paths: list[Path], memory: np.ndarray, *, request: int = 2 << 20) -> float:
+def cached_read(paths: list[Path], memory: np.ndarray, *, request: int) -> float:
     """Return bytes a second of reading files that the page cache holds into ``memory``, and hashing every byte.
 
     ``memory`` (uint8) was touched before and has a request's room for each begun one of each file: all that is read, so

@@ -70,10 +70,12 @@ def _why(s: Summary) -> str:
     return "not measured in this run" if not s.rows else "no probe"
 
 
-def share(results: Results, workload: str, part: str, required: float | None, aim: float, world: int = 1) -> Test:
-    """Return the test of our share of the raw limit."""
+def share(
+    results: Results, workload: str, part: str, required: float | None, aim: float | None, world: int = 1, kind: str = ""
+) -> Test:
+    """Return the test of our share of the raw limit, or of another probe's speed, ``kind``."""
     s = results.one(workload, part, OURS, world)
-    value = None if s.wrong else s.fraction()
+    value = None if s.wrong else s.fraction(kind)
     return Test(f"{workload} x{world} of limit", value, required, aim, why=_why(s), void=s.only_void)
 
 
@@ -114,9 +116,8 @@ def cold_load(results: Results) -> list[Test]:
 
 def warm_load(results: Results) -> list[Test]:
     out = [share(results, "llama8b", "warm load", 0.6, 0.85), times_dcp(results, "llama8b", "warm load", 2.0, None)]
-    s = results.one("llama8b", "warm load", OURS, 1)
-    value = None if s.wrong else s.fraction("cached")
-    return [*out, Test("of a verified read of the page cache", value, None, None, why=_why(s), void=s.only_void)]
+    cached = share(results, "llama8b", "warm load", None, None, kind="cached")
+    return [*out, replace(cached, what="of a verified read of the page cache")]
 
 
 def small_tensors(results: Results) -> list[Test]:

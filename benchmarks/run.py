@@ -23,14 +23,13 @@ import numpy as np
 from benchmarks import limits, meters
 from benchmarks.pool import ROOT, Pool, RanksFailed
 from benchmarks.shapes import Workload
+from distckpt.dcp.read_plan import SPAN
 from distckpt.storage.probes import VOID as VOID
 from distckpt.storage.probes import Point, best_point, differ, warm_caches
 
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
-CACHED_REQUEST = 2 << 20
-"""Bytes of one request of the page cache, as in a load."""
 
 
 def palindrome(peers: Sequence[str]) -> list[str]:
@@ -245,13 +244,13 @@ class Bench:
     def cached_limit(self, files: Sequence[Path]) -> Probe:
         """Return a probe of reading these files from the page cache and hashing them; of one process, of all processors."""
         large = [path for path in files if path.stat().st_size]
-        room = sum(path.stat().st_size + CACHED_REQUEST for path in large)
+        room = sum(path.stat().st_size + SPAN for path in large)
         if self._touched.size < room:
             self._touched = np.ones(room, np.uint8)
 
         def probe() -> dict[str, float]:
             warm_caches(large)
-            return {"cached": limits.cached_read(large, self._touched, request=CACHED_REQUEST)}
+            return {"cached": limits.cached_read(large, self._touched, request=SPAN)}
 
         return probe
 

@@ -23,8 +23,7 @@ DEEPSPEED=("$ROOT/.venv/bin/deepspeed" --master_port "${PORT:-29500}")
 TORCHRUN=("$PYTHON" "$ROOT/launch/torchrun_exit.py" --nproc-per-node "${NPROC:-auto}")
 TORCHRUN+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Copies of 1 MiB and more past the caches: on hosts with large ones glibc does so from a hundred MiB on only, and what
-# is staged in host memory (offloaded state; everything where there is no GPU) is copied at half the speed.
+# Large copies in host memory go past the caches: docs/storage.md, "Copies in host memory".
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=1048576}
 
 if [[ ${LAUNCHER:-deepspeed} == torchrun && ${NNODES:-1} == 1 ]]; then

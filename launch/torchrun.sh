@@ -14,8 +14,7 @@ NNODES=${NNODES:-1}
 NPROC=${NPROC:-auto}                                  # auto: one per GPU; torchrun counts cores where there is none
 TORCHRUN=("$PYTHON" "$ROOT/launch/torchrun_exit.py")  # torchrun that leaves with 85 when the job was preempted
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Copies of 1 MiB and more past the caches: on hosts with large ones glibc does so from a hundred MiB on only, and what
-# is staged in host memory (offloaded state; everything where there is no GPU) is copied at half the speed.
+# Large copies in host memory go past the caches: docs/storage.md, "Copies in host memory".
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=1048576}
 
 # After a SIGTERM torchrun waits this long for its workers before it kills them: the time a last save has.

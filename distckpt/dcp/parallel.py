@@ -30,11 +30,12 @@ def run_all(work: Callable[[T], object], requests: Sequence[T], threads: int, na
             failed.set()
             raise
 
-    if threads <= 1 or len(requests) <= 1:
+    count = min(threads, len(requests))
+    if count <= 1:
         run()
         return
-    with ThreadPoolExecutor(min(threads, len(requests)), thread_name_prefix=f"distckpt-{name}") as pool:
-        running = [pool.submit(run) for _ in range(min(threads, len(requests)))]
+    with ThreadPoolExecutor(count, thread_name_prefix=f"distckpt-{name}") as pool:
+        running = [pool.submit(run) for _ in range(count)]
         try:
             for future in as_completed(running):
                 future.result()

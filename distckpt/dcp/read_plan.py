@@ -51,8 +51,8 @@ class Want(msgspec.Struct, frozen=True, eq=False):
 class Use(msgspec.Struct, eq=False):
     """What one want takes of a stored box: ``common``, in the tensor's coordinates.
 
-    Where it is contiguous in both, bytes ``[begin, end)`` of the stored box go to memory at ``address`` as they are;
-    elsewhere ``address`` is 0.
+    Bytes ``[begin, end)`` of the stored box where they lie together there, else ``end`` is 0. They go to memory at
+    ``address`` as they are, or it is 0: they lie apart in the target, or it has another dtype or is not plain memory.
     """
 
     want: Want
@@ -161,24 +161,24 @@ def _use(want: Want, stored: StoredBox) -> Use:
     assert common is not None
     source = is_flat_range(common.relative_to(stored.box.offsets), stored.box.sizes)
     place = is_flat_range(common.relative_to(want.box.offsets), want.box.sizes)
-    if not plain or source is None or place is None:
+    if source is None:
         return Use(want, common)
-    return Use(want, common, source[0] * size, source[1] * size, target.data_ptr() + place[0] * size)
+    address = target.data_ptr() + place[0] * size if plain and place is not None else 0
+    return Use(want, common, source[0] * size, source[1] * size, address)
 
 
 def _kind(use: Use, stored: StoredBox) -> int:
     if use.want.box.sizes == stored.global_shape:
         return WHOLE
-    flat = use.end or is_flat_range(use.common.relative_to(stored.box.offsets), stored.box.sizes) is not None
-    return PART if flat else CUT
+    return PART if use.end else CUT
 
 
 def _runs(stored: StoredBox, uses: list[Use], kind: int, block: int, shard: str) -> Iterator[Run]:
     """Yield the runs of a stored box's blocks that hold wanted elements, in order; ``shard`` is the file that lists it."""
-    spans = [span for use in uses for span in _touched(stored, use, block)]
+    spans = _union([span for use in uses for span in _touched(stored, use, block)])
     if kind == CUT:
         spans = _widened(spans, -(-stored.nbytes // block))
-    for first, last in spans if len(spans) == 1 else _union(spans):
+    for first, last in spans:
         if not stored.runs:
             nbytes = min(last * block, stored.nbytes) - first * block
             yield Run(shard, stored, uses, first, last, stored.start + first * block, nbytes, block)
@@ -188,18 +188,19 @@ def _runs(stored: StoredBox, uses: list[Use], kind: int, block: int, shard: str)
 
 
 def _widened(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Return all ``count`` blocks where one at each end at most is missing.
+    """Return all ``count`` blocks where one at each end at most is missing; ``spans`` are in order and apart.
 
     Ranks with other columns of the same rows miss another one; with it they want the same and can read together.
     """
-    low, high = min(first for first, _ in spans), max(last for _, last in spans)
-    if low <= 1 and high >= count - 1 and sum(last - first for first, last in _union(spans)) == high - low:
+    if len(spans) == 1 and spans[0][0] <= 1 and spans[0][1] >= count - 1:
         return [(0, count)]
     return spans
 
 
 def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Merge half-open spans that touch or overlap."""
+    if len(spans) == 1:
+        return spans
     merged: list[tuple[int, int]] = []
     for first, last in sorted(spans):
         if merged and first <= merged[-1][1]:
@@ -219,9 +220,6 @@ def _touched(stored: StoredBox, use: Use, block: int) -> list[tuple[int, int]]:
         return [(use.begin // block, (use.end - 1) // block + 1)]
     size = itemsize(stored.dtype)
     inner = use.common.relative_to(stored.box.offsets)
-    flat = is_flat_range(inner, stored.box.sizes)
-    if flat is not None:
-        return [(flat[0] * size // block, (flat[1] * size - 1) // block + 1)]
     row = stored.nbytes // stored.box.sizes[0]
     low, high = _span(Box(inner.offsets[1:], inner.sizes[1:]), stored.box.sizes[1:])
     if row - (high - low) * size < block:  # no room for a block between one row's elements and the next's

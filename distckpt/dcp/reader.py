@@ -187,15 +187,17 @@ class CheckpointReader:
                 return False
         for run, view in zip(request.runs, views, strict=True):
             if digests.block_digests(view, run.block) != list(run.stored.digests[run.first : run.last]):
-                for number in range(run.first, run.last):
-                    self._verify(request, run, number, view)
+                self._verify_run(request, run, view)
         return True
 
     def _verify_all(self, request: Request, buffer: memoryview) -> None:
         """Verify a request; ``buffer`` begins at its first page."""
         for run, data in _data(request, buffer):
-            for number in range(run.first, run.last):
-                self._verify(request, run, number, data)
+            self._verify_run(request, run, data)
+
+    def _verify_run(self, request: Request, run: Run, data: memoryview) -> None:
+        for number in range(run.first, run.last):
+            self._verify(request, run, number, data)
 
     def _deliver(self, request: Request, buffer: memoryview, *, compare: bool, verified: bool = False) -> None:
         """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""

@@ -11,7 +11,6 @@ import msgspec
 from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.early import reading_early
 from distckpt.dcp.reader import CheckpointReader
 from distckpt.engines.base import Engine
 from distckpt.engines.step_hook import pass_fences
@@ -146,12 +145,9 @@ class Loader:
             enabled=self.config.verbose and self.agreement.is_leader,
         )
         pass_fences()  # another manager of this process may be copying the same tensors
-        rank, world_size = self.agreement.rank, self.agreement.world_size
-        with bar as progress, reading_early(reader, rank, world_size) as before_read:
+        with bar as progress:
             small = opening.small(manifest)
-            load = Restore(
-                reader, self.engine, self.components, self.config, options, path, progress, small, before_read
-            )
+            load = Restore(reader, self.engine, self.components, self.config, options, path, progress, small)
             report = restore(self.agreement, key, load)
         self.loaded = manifest
         return report

@@ -32,8 +32,6 @@ class Restore:
     progress: Callable[[int], None] | None = None
     small: Mapping[str, bytes] = field(default_factory=dict)
     """Values of small tensors that the leader read for all ranks."""
-    before_read: Callable[[], None] = lambda: None
-    """Called when everything is planned."""
 
 
 def may_share(world_size: int, load: Restore) -> bool:
@@ -68,7 +66,6 @@ def read_planned(
     agreement: Agreement, key: str, load: Restore, planned: Sequence[Request], groups: Sequence[Sequence[int]]
 ) -> None:
     """Read what was planned: of each kind together with the ranks of ``groups[kind]``, who planned the same, or alone."""
-    load.before_read()
     left: list[Request] = []
     failed: DistckptError | None = None
     for kind, ranks in enumerate(groups):

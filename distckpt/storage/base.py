@@ -7,7 +7,6 @@ because object stores have neither. ``storage/memory.py`` is the executable spec
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,9 +119,6 @@ class Reader(Protocol):
         After False the views may hold anything.
         """
 
-    def read_early(self, stop: threading.Event) -> None:
-        """Bring the file to where ``read_cached`` looks, from its start on, until ``stop`` is set. A hint to the system."""
-
     def close(self) -> None:
         """Give back what it holds; nothing is read after that."""
 
@@ -153,9 +149,6 @@ class PlainReader:
     def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
         """See ``Reader.read_cached``: never."""
         return False
-
-    def read_early(self, stop: threading.Event) -> None:
-        """See ``Reader.read_early``: there is nowhere to bring it."""
 
     def close(self) -> None:
         """See ``Reader.close``."""

@@ -13,9 +13,6 @@ from distckpt.storage.paths import check_range, flat_bytes, mapped
 from distckpt.storage.posix_files import read_all
 from distckpt.storage.posix_folders import Count, close_all
 
-WINDOW = 8 << 20
-"""Bytes that are asked for early at a time: what is on its way when it is not wanted any more is read twice."""
-
 
 class PosixReader:
     """See ``storage.base.Reader``. ``again`` reads by name, for a server that lost the open file (ESTALE)."""
@@ -56,15 +53,6 @@ class PosixReader:
                 return False
         self._count("bytes_read", nbytes)
         return True
-
-    def read_early(self, stop: threading.Event) -> None:
-        """See ``Reader.read_early``: two windows are on their way into the page cache at a time."""
-        for offset in range(0, self._size, WINDOW):
-            if stop.is_set():
-                return
-            os.posix_fadvise(self._fd, offset, WINDOW, os.POSIX_FADV_WILLNEED)
-            if offset:
-                os.pread(self._fd, 1, offset - 1)  # returns when the window before is there
 
     def _quick(self, view: memoryview, offset: int) -> int:
         """Fill the front of a view, from memory or past the page cache; 0 bytes where neither works."""

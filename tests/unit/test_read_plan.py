@@ -11,7 +11,7 @@ import torch
 
 from distckpt.boxes import Box
 from distckpt.dcp import read_plan
-from distckpt.dcp.read_plan import CUT, PART, WHOLE, Use, Want
+from distckpt.dcp.read_plan import CUT, PART, WHOLE, Want
 from distckpt.format.shard import StoredBox
 
 
@@ -34,7 +34,7 @@ def test_the_blocks_that_hold_wanted_elements_are_read(seed: int) -> None:
     cut = inner.moved_by(stored_box.offsets)
     block = rng.choice([4, 8, 16, 32, 64])
     stored = StoredBox("w", "w", "float32", shape, stored_box, 0, 4 * stored_box.numel, ())
-    use = Use(Want("w", cut, torch.empty(0)), cut)
+    use = read_plan._use(Want("w", cut, torch.empty(cut.sizes)), stored)
     spans = read_plan._touched(stored, use, block)
     found = {number for first, last in spans for number in range(first, last)}
     right = needed(stored_box, cut, 4, block)
@@ -51,7 +51,7 @@ def test_the_blocks_that_hold_wanted_elements_are_read(seed: int) -> None:
 def test_kinds_of_wants(shape: tuple[int, ...], cut: Box, kind: int) -> None:
     whole = Box.whole(shape)
     stored = StoredBox("w", "w", "float32", shape, whole, 0, 4 * whole.numel, ())
-    assert read_plan._kind(Use(Want("w", cut, torch.empty(cut.sizes)), cut), stored) == kind
+    assert read_plan._kind(read_plan._use(Want("w", cut, torch.empty(cut.sizes)), stored), stored) == kind
 
 
 @pytest.mark.parametrize(("spans", "widened"), [
@@ -62,4 +62,4 @@ def test_kinds_of_wants(shape: tuple[int, ...], cut: Box, kind: int) -> None:
     ([(0, 4), (5, 10)], [(0, 4), (5, 10)]),
 ])  # fmt: skip
 def test_only_a_block_at_each_end_is_added(spans: list[tuple[int, int]], widened: list[tuple[int, int]]) -> None:
-    assert read_plan._widened(spans, 10) == widened
+    assert read_plan._widened(read_plan._union(spans), 10) == widened
