@@ -259,8 +259,9 @@ RECIPES = {"swa": swa, "lawa": lawa, "ema": ema, "top5": top5, "ensemble": ensem
 
 def show(name: str, tables: list[Table]) -> None:
     """Print the mean over seeds, and how far from the first line, in pairs."""
-    print(f"\n{name}: {len(tables)} seeds{'':31}accuracy            loss")
     first = next(iter(tables[0]))
+    width = max(map(len, tables[0]))
+    print(f"\n{f'{name}: {len(tables)} seeds':{width + 2}} {'accuracy':28} loss")
     for line in tables[0]:
         texts = []
         for part, digits in ((0, 4), (1, 3)):
@@ -269,7 +270,7 @@ def show(name: str, tables: list[Table]) -> None:
             error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
             told = "" if line == first else f" ({statistics.fmean(apart):+.{digits}f} ± {error:.{digits}f})"
             texts.append(f"{mean:.{digits}f}{told}")
-        print(f"  {line:48} {texts[0]:28} {texts[1]}")
+        print(f"  {line:{width}} {texts[0]:28} {texts[1]}")
 
 
 def main() -> None:
