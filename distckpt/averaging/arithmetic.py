@@ -67,7 +67,7 @@ def add(total: torch.Tensor, values: torch.Tensor, weight: float, scratch: torch
     ``scratch``: at least ``PIECE`` elements of ``total``'s dtype.
     """
     for target, part in zip(_pieces(total), _pieces(values), strict=True):
-        if weight == 1.0 and not first and part.itemsize > 1:  # torch adds no float8 to anything
+        if weight == 1.0 and not first and part.dtype == target.dtype:
             target.add_(part)
             continue
         term = target if first else scratch[: part.numel()]

@@ -35,8 +35,8 @@ from distckpt.storage.base import Store
 
 REQUEST: Final = 4 << 20
 """Bytes of the result that a thread works on at a time, at most."""
-LEAST: Final = 512 << 10
-"""The same, at least."""
+LEAST: Final = 1 << 20
+"""The same, at least: threads that do less at a time meet at the interpreter's lock."""
 Progress = Callable[[int, int], None]
 """Called with (bytes of the result written by this rank, bytes it has to write), one call at a time."""
 
@@ -175,8 +175,8 @@ def _write_shards(
                 progress(done, total)
 
     # What is read ahead does the waiting: threads add up, and what they work on at a time has to fit into its memory.
-    threads = min(target.threads, 2 * processors())
-    request = max(LEAST, min(REQUEST, MEMORY // (4 * threads * len(blend.members))))
+    threads = min(target.threads, processors())
+    request = max(LEAST, min(REQUEST, MEMORY // (2 * threads * len(blend.members))))
     stopped = asked_by_one(lambda: agreement.aborted(key))
     receipts = []
     for index, plan in zip(mine, plans, strict=True):

@@ -34,7 +34,7 @@ from distckpt.format.dtypes import itemsize
 from distckpt.format.flat_reader import fill_flat, rows_around
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
-from distckpt.format.read_ahead import ReadAhead
+from distckpt.format.read_ahead import REQUEST, ReadAhead
 from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo", "list_checkpoints", "open_checkpoint"]
+
+FEW_SOURCES = 8
+"""A box with more stored boxes is read by looking up those of each request again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Checkpoint:
         self.committed = committed
         self.manifest = manifest
         self._index = ShardIndex(store, manifest, committed.folder)
-        self._tiled: set[tuple[str, Box]] = set()
+        self._tiled: dict[tuple[str, Box], list[Source]] = {}
         self._reader: Reader = store
 
     def __repr__(self) -> str:
@@ -209,11 +212,13 @@ class Checkpoint:
         """
         name = self._resolve(fqn)
         size = itemsize(self.manifest.tensors[name].dtype)
-        rows = rows_around(box, start // size, -(-stop // size))
-        sources = self._sources(name, rows)
-        if (name, box) not in self._tiled:
-            sources_tile(name, sources if rows == box else self._sources(name, box), box, self.path)
-            self._tiled.add((name, box))
+        sources = self._tiled.get((name, box))
+        if sources is None:
+            sources = self._sources(name, box)
+            sources_tile(name, sources, box, self.path)
+            self._tiled[name, box] = sources
+        if len(sources) > FEW_SOURCES:
+            sources = self._sources(name, rows_around(box, start // size, -(-stop // size)))
         fill_flat(self._reader, sources, box, start, stop, view)
 
     def extents(self, fqn: str, box: Box) -> list[tuple[Store, str, int, int]]:
@@ -259,7 +264,8 @@ class Checkpoint:
             name: sorted(extent for source in self._sources(name, box) for extent in extents_of(source))
             for name, box in whole.items()
         }
-        with ReadAhead((self.store, *extent) for extent in itertools.chain.from_iterable(extents.values())) as ahead:
+        every = itertools.chain.from_iterable(extents.values())
+        with ReadAhead(((self.store, *extent) for extent in every), large=REQUEST) as ahead:
             through = ahead.over(self.store)
             read = {name: self._read_box(through, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}

@@ -8,23 +8,25 @@ asked.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from itertools import pairwise
 from types import TracebackType
 from typing import Final
 
 from distckpt.storage.base import Store
-from distckpt.storage.direct import ALIGNMENT, BufferPool, copy_memory
+from distckpt.storage.direct import ALIGNMENT, anonymous, copy_memory
 
 REQUEST: Final = 8 << 20
-"""Bytes of one request at most; ranges as large as this are left to who asks for them."""
+"""Bytes of one request at most where each costs tens of milliseconds (object stores)."""
+NEAR_REQUEST: Final = 2 << 20
+"""The same elsewhere."""
 GAP: Final = 256 << 10
 """Unwanted bytes between two ranges that are fetched rather than cost another request."""
-MEMORY: Final = 128 << 20
-"""Bytes that are held at most, over all files."""
+MEMORY: Final = 64 << 20
+"""Bytes that are held at most, over all files. The first touch of memory is slow on some machines, so no more than helps."""
 AHEAD: Final = 8
 _File = tuple[Store, str]
 """Which store, and the name on it."""
@@ -36,7 +38,7 @@ class _Span:
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop, self.left = start, stop, stop - start
         self.content: Future[memoryview] | None = None
-        self.loan = ExitStack()
+        self.slot: memoryview | None = None
         self.users = 0
 
     @property
@@ -44,26 +46,36 @@ class _Span:
         """Where the request begins: at a page of the file, so that nothing has to be moved."""
         return self.start // ALIGNMENT * ALIGNMENT
 
+    def common(self, start: int, stop: int) -> tuple[int, int]:
+        """Return what it shares with a range that meets it."""
+        return max(start, self.start), min(stop, self.stop)
+
 
 class ReadAhead:
-    """Reads what it was told of in requests of up to 8 MiB, some ahead of use; ``over`` a store it has its ``read_into``.
+    """Reads what it was told of in requests of some MiB, some ahead of use; ``over`` a store it has its ``read_into``.
 
     ``extents`` are (store, name, first byte, bytes); they should be asked for in this order within a file, each once.
-    Anything else is passed on. Use it as a context; thread-safe. At most 128 MiB are held.
+    Anything else is passed on, and so are ranges of ``large`` bytes or more, to which who asks has enough to do. Use it as
+    a context; thread-safe. At most 64 MiB are held.
     """
 
-    def __init__(self, extents: Iterable[tuple[Store, str, int, int]]) -> None:
+    def __init__(self, extents: Iterable[tuple[Store, str, int, int]], *, large: int | None = None) -> None:
         by_file: dict[_File, list[tuple[int, int]]] = defaultdict(list)
         for store, name, start, nbytes in extents:
-            if 0 < nbytes < REQUEST:
+            if nbytes > 0 and (large is None or nbytes < large):
                 by_file[store, name].append((start, start + nbytes))
-        size = max(64 << 10, min(REQUEST - ALIGNMENT, MEMORY // (2 * max(1, len(by_file)))))
-        self._ahead = max(1, min(AHEAD, MEMORY // (size * max(1, len(by_file)))))
+        files = max(1, len(by_file))
+        most = REQUEST if any(store.capabilities.latency for store, _ in by_file) else NEAR_REQUEST
+        slot = max(64 << 10, min(most, MEMORY // (2 * files) // ALIGNMENT * ALIGNMENT))
+        self._ahead = max(1, min(AHEAD, MEMORY // (slot * files)))
+        size = slot - 2 * ALIGNMENT  # a page's rest at each end
         self._spans = {file: list(_joined(sorted(ranges), size)) for file, ranges in by_file.items()}
         self._starts = {file: [span.start for span in spans] for file, spans in self._spans.items()}
         self._lock = threading.Lock()
-        self._held = 0
-        self._buffers = BufferPool(limit=MEMORY // REQUEST)
+        # One piece of memory: a huge page for each small slot would be touched as a whole.
+        self._slots = min(MEMORY // slot, sum(map(len, self._spans.values())))
+        memory = anonymous(self._slots * slot)
+        self._free = [memory[at : at + slot] for at in reversed(range(0, self._slots * slot, slot))]
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="distckpt-ahead")
 
     def __enter__(self) -> ReadAhead:
@@ -78,43 +90,68 @@ class ReadAhead:
 
     def read_into(self, store: Store, name: str, offset: int, destination: memoryview) -> None:
         """Fill ``destination`` from ``offset``, as ``Store.read_into`` does."""
-        file, stop = (store, name), offset + destination.nbytes
-        index = bisect_right(self._starts.get(file, []), offset) - 1
-        span = self._spans[file][index] if index >= 0 else None
-        if span is None or stop > span.stop:
-            store.read_into(name, offset, destination)
-            return
-        with self._lock:
-            for near in self._spans[file][index : index + self._ahead]:
-                self._begin(store, name, near)
-            content = span.content
-            span.users += content is not None
-        if content is None:  # asked for again, or there is no room for more
-            store.read_into(name, offset, destination)
-        else:
+        stop = offset + destination.nbytes
+        every, starts = self._spans.get((store, name), []), self._starts.get((store, name), [])
+        first, last = max(0, bisect_right(starts, offset) - 1), bisect_left(starts, stop)
+        spans = [span for span in every[first:last] if span.stop > offset]
+        if _cover(spans, offset, stop):
+            with self._lock:
+                for near in every[first : last - 1 + self._ahead]:
+                    self._begin(store, name, near)
+                contents = [(span, span.content) for span in spans]
+                for span, content in contents:
+                    span.users += content is not None
             try:
-                copy_memory(destination, content.result()[offset - span.aligned : stop - span.aligned])
+                for span, content in contents:
+                    low, high = span.common(offset, stop)
+                    part = destination[low - offset : high - offset]
+                    if content is None:  # asked for again, or there is no room for more
+                        store.read_into(name, low, part)
+                    else:
+                        copy_memory(part, content.result()[low - span.aligned : high - span.aligned])
             finally:
                 with self._lock:
-                    span.users -= 1
+                    for span, content in contents:
+                        span.users -= content is not None
+        else:  # not as it was told
+            store.read_into(name, offset, destination)
+        for span in spans:
+            low, high = span.common(offset, stop)
+            self._used(span, high - low)
+
+    def _used(self, span: _Span, nbytes: int) -> None:
+        """Count what was asked for of a span; after all of it its memory is free, once it has been fetched."""
         with self._lock:
-            span.left -= stop - offset
-            if span.left <= 0 and span.users == 0 and span.content is not None and span.content.done():
-                span.content = None
-                span.loan.close()
-                self._held -= span.stop - span.start
+            span.left -= nbytes
+            content = span.content if span.left <= 0 else None
+        if content is not None:
+            content.add_done_callback(lambda _: self._free_slot(span))
+
+    def _free_slot(self, span: _Span) -> None:
+        with self._lock:
+            if span.slot is not None and span.users == 0:
+                self._free.append(span.slot)
+                span.content = span.slot = None
 
     def _begin(self, store: Store, name: str, span: _Span) -> None:
         """Have a span fetched, if it is wanted and there is room; the lock is held."""
-        nbytes = span.stop - span.start
-        if span.content is None and span.left > 0 and self._held + nbytes <= MEMORY:
-            self._held += nbytes
-            span.content = self._pool.submit(self._fetch, store, name, span)
+        if span.content is None and span.left > 0 and self._free:
+            span.slot = self._free.pop()
+            # To the end of a page where the next span goes on there: a direct read takes whole pages.
+            end = self._spans[store, name][-1].stop
+            stop = min(end, -(-span.stop // ALIGNMENT) * ALIGNMENT)
+            span.content = self._pool.submit(_fetch, store, name, span.aligned, span.slot[: stop - span.aligned])
 
-    def _fetch(self, store: Store, name: str, span: _Span) -> memoryview:
-        view = span.loan.enter_context(self._buffers.lend(span.stop - span.aligned))[: span.stop - span.aligned]
-        store.read_into(name, span.aligned, view)
-        return view
+
+def _cover(spans: Sequence[_Span], start: int, stop: int) -> bool:
+    """Whether these spans, in order, hold every byte of a range."""
+    joined = all(a.stop == b.start for a, b in pairwise(spans))
+    return bool(spans) and joined and spans[0].start <= start and stop <= spans[-1].stop
+
+
+def _fetch(store: Store, name: str, start: int, view: memoryview) -> memoryview:
+    store.read_into(name, start, view)
+    return view
 
 
 class ReadThrough:
@@ -129,15 +166,16 @@ class ReadThrough:
 
 
 def _joined(ranges: list[tuple[int, int]], size: int) -> Iterator[_Span]:
-    """Join sorted ranges into spans of at most ``size`` bytes (a longer range is one of its own)."""
+    """Join sorted ranges into spans of at most ``size`` bytes, and cut what is longer."""
     span: _Span | None = None
-    for start, stop in ranges:
-        if span is not None and start - span.stop <= GAP and stop - span.start <= size:
-            span.left += stop - start - max(0, span.stop - start)
-            span.stop = max(span.stop, stop)
-        else:
-            if span is not None:
-                yield span
-            span = _Span(start, stop)
+    for first, stop in ranges:
+        start = first if span is None else max(first, span.stop)  # asked for twice: counted once
+        while start < stop:
+            if span is None or start - span.stop > GAP or start - span.start >= size:
+                if span is not None:
+                    yield span
+                span = _Span(start, start)
+            end = min(stop, span.start + size)
+            span.left, span.stop, start = span.left + end - start, end, end
     if span is not None:
         yield span

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.format import read_ahead
 from distckpt.format.read_ahead import ReadAhead, ReadThrough
 from distckpt.storage import MemoryStore
+from distckpt.storage.direct import ALIGNMENT
 
 KIB = 1 << 10
 
@@ -49,34 +52,77 @@ def test_every_byte_is_right_in_any_order_and_beside_the_plan(
 
 def test_small_ranges_are_joined_and_far_or_large_ones_are_not() -> None:
     store = store_of({"a": 40 << 20})
-    gap, request = read_ahead.GAP, read_ahead.REQUEST
+    gap, large = read_ahead.GAP, 2 << 20
     extents = [("a", i * KIB, KIB) for i in range(1000)]  # one request
     extents += [("a", 1000 * KIB + gap, 10)]  # joined over the gap
     extents += [("a", 1010 * KIB + 2 * gap + 11, 10)]  # one more
-    extents += [("a", 10 << 20, request)]  # passed on
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    extents += [("a", 10 << 20, large)]  # passed on
+    with ReadAhead(((store, *extent) for extent in extents), large=large) as ahead:
         reader = ahead.over(store)
         for extent in extents:
             fetch(reader, *extent)
     assert store.counters["opens"] == 3
-    page = (1010 * KIB + 2 * gap + 11) % 4096  # requests begin with a page
-    assert store.counters["bytes_read"] == 1000 * KIB + gap + 10 + page + 10 + request
+    page = (1010 * KIB + 2 * gap + 11) % 4096  # requests begin with a page, and end with one if more follows
+    end = -(1000 * KIB + gap + 10) % 4096
+    assert store.counters["bytes_read"] == 1000 * KIB + gap + 10 + end + page + 10 + large
+
+
+@pytest.mark.parametrize("step", [64 * KIB, 3 << 20, 5 << 20])
+def test_long_ranges_are_cut_and_read_across_the_cuts(step: int) -> None:
+    size = 10 << 20
+    store = store_of({"a": size + 3})
+    content = store._content("a")
+    with ReadAhead([(store, "a", 3, size)]) as ahead:
+        reader = ahead.over(store)
+        for start in range(3, size + 3, step):
+            nbytes = min(step, size + 3 - start)
+            assert fetch(reader, "a", start, nbytes) == content[start : start + nbytes]
+        assert idle(ahead)
+    requests = -(-size // (read_ahead.NEAR_REQUEST - 2 * ALIGNMENT))
+    assert store.counters["opens"] == requests
+    assert store.counters["bytes_read"] <= size + requests * 2 * ALIGNMENT
+
+
+def test_what_is_read_beside_the_plan_holds_no_memory() -> None:
+    store = store_of({"a": 4 << 20})
+    extents = [("a", start << 20, 512 * KIB) for start in range(4)]  # too far apart to be joined
+    with ReadAhead((store, *extent) for extent in extents) as ahead:
+        reader = ahead.over(store)
+        fetch(reader, *extents[0])  # has the others fetched
+        assert not idle(ahead)
+        assert (
+            fetch(reader, "a", 1 << 20, 3 << 20) == store._content("a")[1 << 20 :]
+        )  # what lies between was not told of
+        assert idle(ahead)
+
+
+def idle(ahead: ReadAhead) -> bool:
+    """Whether all of its memory is free."""
+    ahead._pool.submit(int).result()
+    for span in itertools.chain.from_iterable(ahead._spans.values()):
+        content = span.content
+        if content is not None:
+            content.result()
+    free = sum(map(len, ahead._free))
+    return free == len(ahead._free[0]) * ahead._slots if ahead._free else ahead._slots == 0
 
 
 def test_memory_is_bounded_and_given_back() -> None:
     store = store_of({str(i): 1 << 20 for i in range(40)})
     extents = [(str(i), start * 16 * KIB, 16 * KIB) for start in range(64) for i in range(40)]
     with ReadAhead((store, *extent) for extent in extents) as ahead:
+        assert sum(map(len, ahead._free)) <= read_ahead.MEMORY
         reader = ahead.over(store)
         for extent in extents:
             fetch(reader, *extent)
         assert all(span.content is None for spans in ahead._spans.values() for span in spans)
-    assert store.counters["opens"] == 40
+        assert idle(ahead)
+    assert store.counters["opens"] == 80  # two a file: half of the memory is read ahead while the other is used
 
 
 def test_threads_share_what_was_fetched() -> None:
-    store = store_of({"a": 4 << 20})
-    extents = [("a", i * KIB, KIB) for i in range(4096)]
+    store = store_of({"a": 1 << 20})
+    extents = [("a", i * KIB, KIB) for i in range(1024)]
     with ReadAhead((store, *extent) for extent in extents) as ahead:
         reader = ahead.over(store)
         wrong: list[int] = []
