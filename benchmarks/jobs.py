@@ -7,7 +7,7 @@ list[Measure]`` (benchmarks.measures).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +64,7 @@ class Pass:
         self.failed: set[str] = set()
         self.saved: dict[str, tuple[int, Path]] = {}
         """Peer: step and folder of its newest checkpoint."""
+        self._met: dict[tuple[str, str], int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -87,15 +88,25 @@ class Pass:
         there_and_back = [(n, p) for n in range(1, 1 + self.bench.settings.rounds) for p in palindrome(peers)]
         return [(0, peer) for peer in peers] + there_and_back
 
+    def turns(self, part: str, peers: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yield the turns of those that have not failed; where processes are new after a failure a first time comes first."""
+        for number, peer in self.rounds(peers):
+            if peer in self.failed:
+                continue
+            starts = self.writer().starts
+            if number and self._met.get((part, peer)) != starts:
+                yield 0, peer
+            self._met[part, peer] = starts
+            if peer not in self.failed:
+                yield number, peer
+
     # ------------------------------------------------------------------ parts
 
     def saves(self, peers: Sequence[str]) -> None:
         """Save durably; a peer's first save in these processes is a part of its own."""
         peers = self.bench.usable(peers, self.writer())
         probe = self.bench.write_limit(self.nbytes)
-        for number, peer in self.rounds(peers):
-            if peer in self.failed:
-                continue
+        for number, peer in self.turns("save", peers):
             about = self.about("save" if number else "first save", peer, number)
             with self.bench.once() if number == 0 else nullcontext():  # the second would not be the first
                 row = self.bench.measure(about, partial(self._save, peer), probe, shared=True, failed=self.failed)
@@ -145,9 +156,7 @@ class Pass:
         root, self.root = self.root, self.root / "background"
         saved, self.saved = self.saved, {}
         self.root.mkdir()
-        for number, peer in self.rounds(self.bench.usable(peers, self.writer())):
-            if peer in self.failed:
-                continue
+        for number, peer in self.turns("background", self.bench.usable(peers, self.writer())):
             about = self.about("background" if number else "first background", peer, number)
             probe = self.bench.copy_limit(self.writer(), self.nbytes)
             work = partial(self._save, peer, tasks.background)
