@@ -176,7 +176,7 @@ def _write_shards(
 
     # What is read ahead does the waiting: threads add up, and what they work on at a time has to fit into its memory.
     threads = min(target.threads, processors())
-    request = max(LEAST, min(REQUEST, MEMORY // (2 * threads * len(blend.members))))
+    request = max(LEAST, min(REQUEST, MEMORY // (4 * threads * len(blend.members))))
     stopped = asked_by_one(lambda: agreement.aborted(key))
     receipts = []
     for index, plan in zip(mine, plans, strict=True):

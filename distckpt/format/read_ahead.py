@@ -25,9 +25,14 @@ NEAR_REQUEST: Final = 2 << 20
 """The same elsewhere."""
 GAP: Final = 256 << 10
 """Unwanted bytes between two ranges that are fetched rather than cost another request."""
-MEMORY: Final = 64 << 20
-"""Bytes that are held at most, over all files. The first touch of memory is slow on some machines, so no more than helps."""
+MEMORY: Final = 128 << 20
+"""Bytes that are held at most, over all files; half of it, unless there are so many that each had less than ``PER_FILE``.
+
+The first touch of memory is slow on some machines, so no more than helps."""
+PER_FILE: Final = 4 << 20
 AHEAD: Final = 8
+"""Requests of a file that are begun before they are needed, and threads for them where each waits for a far service."""
+NEAR_THREADS: Final = 4
 _File = tuple[Store, str]
 """Which store, and the name on it."""
 
@@ -56,7 +61,7 @@ class ReadAhead:
 
     ``extents`` are (store, name, first byte, bytes); they should be asked for in this order within a file, each once.
     Anything else is passed on, and so are ranges of ``large`` bytes or more, to which who asks has enough to do. Use it as
-    a context; thread-safe. At most 64 MiB are held.
+    a context; thread-safe. At most 128 MiB are held.
     """
 
     def __init__(self, extents: Iterable[tuple[Store, str, int, int]], *, large: int | None = None) -> None:
@@ -65,18 +70,19 @@ class ReadAhead:
             if nbytes > 0 and (large is None or nbytes < large):
                 by_file[store, name].append((start, start + nbytes))
         files = max(1, len(by_file))
-        most = REQUEST if any(store.capabilities.latency for store, _ in by_file) else NEAR_REQUEST
-        slot = max(64 << 10, min(most, MEMORY // (2 * files) // ALIGNMENT * ALIGNMENT))
-        self._ahead = max(1, min(AHEAD, MEMORY // (slot * files)))
+        far = any(store.capabilities.latency for store, _ in by_file)
+        room = min(MEMORY, max(MEMORY // 2, PER_FILE * files))
+        slot = max(64 << 10, min(REQUEST if far else NEAR_REQUEST, room // (2 * files) // ALIGNMENT * ALIGNMENT))
+        self._ahead = max(1, min(AHEAD, room // (slot * files)))
         size = slot - 2 * ALIGNMENT  # a page's rest at each end
         self._spans = {file: list(_joined(sorted(ranges), size)) for file, ranges in by_file.items()}
         self._starts = {file: [span.start for span in spans] for file, spans in self._spans.items()}
         self._lock = threading.Lock()
         # One piece of memory: a huge page for each small slot would be touched as a whole.
-        self._slots = min(MEMORY // slot, sum(map(len, self._spans.values())))
+        self._slots = min(room // slot, sum(map(len, self._spans.values())))
         memory = anonymous(self._slots * slot)
         self._free = [memory[at : at + slot] for at in reversed(range(0, self._slots * slot, slot))]
-        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="distckpt-ahead")
+        self._pool = ThreadPoolExecutor(AHEAD if far else NEAR_THREADS, thread_name_prefix="distckpt-ahead")
 
     def __enter__(self) -> ReadAhead:
         return self
