@@ -117,7 +117,7 @@ def page(results: Results, pictures: Sequence[Path]) -> str:
     absent = "".join(f"<li>{html.escape(p)}: absent: {html.escape(e)}</li>" for p, e in results.absent.items())
     return _PAGE.format(
         about=html.escape(about), promises=_promises(results), pictures=images or "<p>none</p>",
-        medians=_table(HEADINGS, lines(results)), absent=f"<ul>{absent}</ul>" if absent else "",
+        medians=_table(HEADINGS, lines(results), peers=HEADINGS.index("peer")), absent=f"<ul>{absent}</ul>" if absent else "",
     )  # fmt: skip
 
 
@@ -125,14 +125,15 @@ def _promises(results: Results) -> str:
     return _table(("measure", "required", "aim", "measured", "required", "aim"), scorecard(results))
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, peers: int | None = None) -> str:
+    """Return a table; our rows stand out where column ``peers`` has names of peers."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in headings)
-    body = "".join(f"<tr{_row_class(row)}>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr{_row_class(row, peers)}>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _row_class(row: Sequence[str]) -> str:
-    return ' class="ours"' if len(row) > 3 and row[3].startswith(OURS) else ""
+def _row_class(row: Sequence[str], peers: int | None) -> str:
+    return ' class="ours"' if peers is not None and row[peers].startswith(OURS) else ""
 
 
 def _cell(text: str) -> str:

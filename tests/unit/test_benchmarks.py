@@ -276,6 +276,8 @@ def test_pictures_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
     assert "not measured" in page
+    assert "distckpt&#x27;s" in page  # a promise, and no row of ours
+    assert page.count('<tr class="ours">') == 2
 
 
 def test_deepspeed_rows_join_with_their_own_probes(tmp_path: Path) -> None:
