@@ -65,6 +65,7 @@ class Pass:
         self.saved: dict[str, tuple[int, Path]] = {}
         """Peer: step and folder of its newest checkpoint."""
         self._met: dict[tuple[str, str], int] = {}
+        """Part and peer: which start of the processes it has had its first time in."""
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +89,12 @@ class Pass:
         there_and_back = [(n, p) for n in range(1, 1 + self.bench.settings.rounds) for p in palindrome(peers)]
         return [(0, peer) for peer in peers] + there_and_back
 
-    def turns(self, part: str, peers: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def turns(self, part: str, peers: Sequence[str], pool: Callable[[], Pool]) -> Iterator[tuple[int, str]]:
         """Yield the turns of those that have not failed; where processes are new after a failure a first time comes first."""
         for number, peer in self.rounds(peers):
             if peer in self.failed:
                 continue
-            starts = self.writer().starts
+            starts = pool().starts
             if number and self._met.get((part, peer)) != starts:
                 yield 0, peer
             self._met[part, peer] = starts
@@ -106,7 +107,7 @@ class Pass:
         """Save durably; a peer's first save in these processes is a part of its own."""
         peers = self.bench.usable(peers, self.writer())
         probe = self.bench.write_limit(self.nbytes)
-        for number, peer in self.turns("save", peers):
+        for number, peer in self.turns("save", peers, self.writer):
             about = self.about("save" if number else "first save", peer, number)
             with self.bench.once() if number == 0 else nullcontext():  # the second would not be the first
                 row = self.bench.measure(about, partial(self._save, peer), probe, shared=True, failed=self.failed)
@@ -128,9 +129,7 @@ class Pass:
         """Load what was saved last, in other processes; cold with the disk as the limit, then from the page cache."""
         peers = [peer for peer in peers if peer in self.saved and peer not in self.failed]
         peers = [peer for peer in peers if peer != "dcp-threads" or "dcp" not in peers]  # the same reader
-        for number, peer in self.rounds(peers):
-            if peer in self.failed:
-                continue
+        for number, peer in self.turns("load", peers, self.reader):
             files = files_of(self.saved[peer][1])
             if number == 0:  # imports, threads, first touch
                 self.bench.measure(self.about("first load", peer, 0), partial(self._load, peer, files), dict,
@@ -156,7 +155,7 @@ class Pass:
         root, self.root = self.root, self.root / "background"
         saved, self.saved = self.saved, {}
         self.root.mkdir()
-        for number, peer in self.turns("background", self.bench.usable(peers, self.writer())):
+        for number, peer in self.turns("background", self.bench.usable(peers, self.writer()), self.writer):
             about = self.about("background" if number else "first background", peer, number)
             probe = self.bench.copy_limit(self.writer(), self.nbytes)
             work = partial(self._save, peer, tasks.background)

@@ -79,9 +79,9 @@ class ReadAhead:
         self._starts = {file: [span.start for span in spans] for file, spans in self._spans.items()}
         self._lock = threading.Lock()
         # One piece of memory: a huge page for each small slot would be touched as a whole.
-        self._slots = min(room // slot, sum(map(len, self._spans.values())))
-        memory = anonymous(self._slots * slot)
-        self._free = [memory[at : at + slot] for at in reversed(range(0, self._slots * slot, slot))]
+        slots = min(room // slot, sum(map(len, self._spans.values())))
+        memory = anonymous(slots * slot)
+        self._free = [memory[at : at + slot] for at in reversed(range(0, slots * slot, slot))]
         self._pool = ThreadPoolExecutor(AHEAD if far else NEAR_THREADS, thread_name_prefix="distckpt-ahead")
 
     def __enter__(self) -> ReadAhead:

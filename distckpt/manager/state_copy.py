@@ -157,12 +157,8 @@ class StateCopy:
             try:
                 if self._watch is not None:
                     failpoints.hit("staging.copy", chunk[0][0])
-                image = self._image.data_ptr()
                 for part in chunk:
-                    if part[2] is not None:
-                        move(image + part[3], part[2], part[4])
-                    else:
-                        self._put_in_order(part)
+                    self._move(part)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -184,8 +180,11 @@ class StateCopy:
             self._in_hand.remove(chunk[0][0])
             self._lock.notify_all()
 
-    def _put_in_order(self, part: _Move) -> None:
-        _, tensor, _, start, nbytes = part
+    def _move(self, part: _Move) -> None:
+        _, tensor, source, start, nbytes = part
+        if source is not None:
+            move(self._image.data_ptr() + start, source, nbytes)
+            return
         room = self._image[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
         stream = self._streams.get(tensor.device)
         if stream is None:
@@ -233,7 +232,8 @@ def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:
         while source is not None and nbytes - done > CHUNK + CHUNK // 2:
             yield [(fqn, tensor, source + done, start + done, CHUNK)]
             done += CHUNK
-        chunk.append((fqn, tensor, source and source + done, start + done, nbytes - done))
+        rest = None if source is None else source + done
+        chunk.append((fqn, tensor, rest, start + done, nbytes - done))
         filled += nbytes - done
         if filled >= CHUNK:
             yield chunk

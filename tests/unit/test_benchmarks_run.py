@@ -149,15 +149,14 @@ def test_a_job_whose_ranks_die_is_left_and_the_next_one_runs(
     assert "error" not in ended[1]
 
 
-def test_after_a_failure_processes_are_new_and_have_first_times_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = SimpleNamespace(starts=1)
+def test_after_a_failure_processes_are_new_and_have_first_times_again() -> None:
+    pool: Any = SimpleNamespace(starts=1)
     turns = jobs.Pass(SimpleNamespace(settings=Settings(rounds=1)), TINY, 1, Path())  # type: ignore[arg-type]
-    monkeypatch.setattr(jobs.Pass, "writer", lambda self: pool)
     seen = []
-    for number, peer in turns.turns("save", ["ours", "hangs", "other"]):
+    for number, peer in turns.turns("save", ["ours", "hangs", "other"], lambda: pool):
         seen.append((number, peer))
         if seen == [(0, "ours"), (0, "hangs"), (0, "other"), (1, "ours"), (1, "hangs")]:
             turns.failed.add("hangs")
             pool.starts += 1
     assert seen[5:] == [(0, "other"), (1, "other"), (1, "other"), (0, "ours"), (1, "ours")]
-    assert [number for number, _ in turns.turns("background", ["ours"])] == [0, 1, 1]
+    assert [number for number, _ in turns.turns("background", ["ours"], lambda: pool)] == [0, 1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 
@@ -73,11 +72,11 @@ def test_long_ranges_are_cut_and_read_across_the_cuts(step: int) -> None:
     store = store_of({"a": size + 3})
     content = store._content("a")
     with ReadAhead([(store, "a", 3, size)]) as ahead:
-        reader = ahead.over(store)
+        reader, slots = ahead.over(store), len(ahead._free)
         for start in range(3, size + 3, step):
             nbytes = min(step, size + 3 - start)
             assert fetch(reader, "a", start, nbytes) == content[start : start + nbytes]
-        assert idle(ahead)
+        assert free_at_the_end(ahead) == slots
     requests = -(-size // (read_ahead.NEAR_REQUEST - 2 * ALIGNMENT))
     assert store.counters["opens"] == requests
     assert store.counters["bytes_read"] <= size + requests * 2 * ALIGNMENT
@@ -87,24 +86,18 @@ def test_what_is_read_beside_the_plan_holds_no_memory() -> None:
     store = store_of({"a": 4 << 20})
     extents = [("a", start << 20, 512 * KIB) for start in range(4)]  # too far apart to be joined
     with ReadAhead((store, *extent) for extent in extents) as ahead:
-        reader = ahead.over(store)
+        reader, slots = ahead.over(store), len(ahead._free)
         fetch(reader, *extents[0])  # has the others fetched
-        assert not idle(ahead)
-        assert (
-            fetch(reader, "a", 1 << 20, 3 << 20) == store._content("a")[1 << 20 :]
-        )  # what lies between was not told of
-        assert idle(ahead)
+        assert len(ahead._free) < slots
+        beside = fetch(reader, "a", 1 << 20, 3 << 20)  # what lies between was not told of
+        assert beside == store._content("a")[1 << 20 :]
+        assert free_at_the_end(ahead) == slots
 
 
-def idle(ahead: ReadAhead) -> bool:
-    """Whether all of its memory is free."""
-    ahead._pool.submit(int).result()
-    for span in itertools.chain.from_iterable(ahead._spans.values()):
-        content = span.content
-        if content is not None:
-            content.result()
-    free = sum(map(len, ahead._free))
-    return free == len(ahead._free[0]) * ahead._slots if ahead._free else ahead._slots == 0
+def free_at_the_end(ahead: ReadAhead) -> int:
+    """Wait for what is being fetched, and return how many pieces of memory are free; nothing is fetched after that."""
+    ahead._pool.shutdown()
+    return len(ahead._free)
 
 
 def test_memory_is_bounded_and_given_back() -> None:
@@ -112,11 +105,11 @@ def test_memory_is_bounded_and_given_back() -> None:
     extents = [(str(i), start * 16 * KIB, 16 * KIB) for start in range(64) for i in range(40)]
     with ReadAhead((store, *extent) for extent in extents) as ahead:
         assert sum(map(len, ahead._free)) <= read_ahead.MEMORY
-        reader = ahead.over(store)
+        reader, slots = ahead.over(store), len(ahead._free)
         for extent in extents:
             fetch(reader, *extent)
         assert all(span.content is None for spans in ahead._spans.values() for span in spans)
-        assert idle(ahead)
+        assert free_at_the_end(ahead) == slots
     assert store.counters["opens"] == 40
 
 
