@@ -151,7 +151,7 @@ def peak_kib() -> int:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    nbytes = 64 << 20
+    nbytes = 128 << 20  # more than what a busy process' allocator and thread pools may add by the way
     header = b'{"w":{"dtype":"BF16","shape":[2,%d],"data_offsets":[0,%d]}}' % (nbytes // 4, nbytes)
     for name, last in (("a", b"\0"), ("b", b"\1")):
         with open(tmp_path / f"{name}.safetensors", "wb") as file:
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     change = found.tensors[0].change
     assert change is not None
     assert (change.changed, change.at, found.read_bytes) == (1, (1, nbytes // 4 - 1), 2 * nbytes)
-    assert peak_kib() - before < 40 << 10
+    assert peak_kib() - before < 96 << 10
 
 
 # ---------------------------------------------------------------- what differs
