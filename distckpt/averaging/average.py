@@ -22,6 +22,7 @@ from distckpt.dcp.agreement import Agreement
 from distckpt.engines.base import MODEL
 from distckpt.errors import AgreementError, ConfigError
 from distckpt.format.catalog import parse_location
+from distckpt.heap import no_collections
 from distckpt.importers.commit_source import SHARD_BYTES
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -205,7 +206,7 @@ def _opened(group: Agreement, terms: Sequence[Term], options: Options, *, normal
     key = fresh_key("average-open")
     try:
         deadline = Deadline.after(options.timeout_s)
-        with group.guard(key, deadline=deadline):
+        with group.guard(key, deadline=deadline), no_collections():
             members = open_members(terms, whole_state=options.include_optimizer, normalise=normalise)
         group.round(key, b"", lambda _: b"", deadline=deadline)
     except AgreementError as error:
@@ -226,7 +227,7 @@ def _finish(
     key = fresh_key("average-blend")
     try:
         deadline = Deadline.after(options.timeout_s)
-        with group.guard(key, deadline=deadline):
+        with group.guard(key, deadline=deadline), no_collections():
             blend = Blend(members, options.rules, whole_state=options.include_optimizer)
             at = parse_location(out)
             step = next((s for s in (at.step, options.step, blend.newest.key[0]) if s is not None and s >= 0), 0)
@@ -239,7 +240,8 @@ def _finish(
         how = "recomputed"
     provenance = _provenance(blend, method, how, choice, soup) | ({} if fit is None else {"fit": fit})
     target = Target(os.fspath(out), step, options.threads, options.shard_bytes, options.timeout_s)
-    path = write_blend(blend, target, provenance, group, options.progress)
+    with no_collections():
+        path = write_blend(blend, target, provenance, group, options.progress)
     averaged = sum(mixed.how == "average" for mixed in blend.tensors.values())
     return AverageReport(
         path, step, method, tuple(member.row() for member in blend.members), averaged, len(blend.tensors) - averaged,

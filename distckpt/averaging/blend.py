@@ -210,8 +210,11 @@ class Blend:
         with self._pool.lend() as rest:
             scratch = _tensor(rest[: PIECE * total.itemsize], total.dtype)
             for index, (stream, weight) in enumerate(zip(mixed.streams, weights, strict=True)):
-                values = self._values(stream, box, first, last, raw)
-                add(total, values, weight, scratch, first=index == 0)
+                size, dtype = itemsize(stream.dtype), torch_dtype(stream.dtype)
+                spare = raw[: (last - first) * size]
+                for at, view in stream.lend(box, first * size, last * size, spare):
+                    part = total[at // size : (at + len(view)) // size]
+                    add(part, _tensor(view, dtype), weight, scratch, first=index == 0)
 
     @staticmethod
     def _values(stream: Stream, box: Box, first: int, last: int, buffer: memoryview) -> torch.Tensor:

@@ -28,13 +28,15 @@ Progress = Callable[[int], None]
 class Stream:
     """One tensor: ``read(start, stop)`` returns these bytes of its row-major elements; safe to call from threads.
 
-    ``into``, where there is one, reads the same of any box, into memory that is there (see ``fill``).
+    ``into``, where there is one, reads the same of any box, into memory that is there (see ``fill``); ``lent`` gives it
+    where it lies (see ``lend``).
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], Buffer]
     into: Callable[[Box, int, int, memoryview], None] | None = None
+    lent: Callable[[Box, int, int, memoryview], Iterator[tuple[int, memoryview]]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,14 @@ class Stream:
             else:
                 self._gather(part, view[at : at + part.numel * size])
             at += part.numel * size
+
+    def lend(self, box: Box, start: int, stop: int, spare: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Yield what ``fill`` puts into ``spare`` as (place, bytes), each to be used until the next is asked for."""
+        if self.lent is not None:
+            yield from self.lent(box, start, stop, spare)
+            return
+        self.fill(box, start, stop, spare)
+        yield 0, spare
 
     def _bytes(self, start: int, stop: int) -> memoryview:
         return memoryview(self.read(start, stop)).cast("B")

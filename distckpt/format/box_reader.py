@@ -247,23 +247,31 @@ def _fill_run(store: Reader, source: Source, run: list[Block], box: Box, destina
 def read_checked(store: Reader, source: Source, run: Sequence[Block], view: memoryview) -> None:
     """Read a run of a source's blocks into the start of ``view``; ``ShardError`` if it cannot be, or is damaged."""
     try:
-        damaged = read_run(store, run, view)
+        bad = read_run(store, run, view)
     except StoreError as error:
-        raise ShardError(
-            f"{run[0].path}: tensor {shown(source.stored.fqn)} of rank {source.rank} cannot be read: {error}"
-            f"{_referrer(source, run[0])}"
-        ) from error
-    if damaged:
-        bad = damaged[0]
-        raise ShardError(
-            f"{bad.path}: bytes [{bad.start}, {bad.start + bad.nbytes}) of {shown(bad.stored.fqn)}, "
-            f"written by rank {source.rank}, do not match their digest; the file is damaged{_referrer(source, bad)}"
-        )
+        raise unreadable(source, run[0].path, error) from error
+    if bad:
+        raise damaged(source, bad[0])
 
 
-def _referrer(source: Source, block: Block) -> str:
-    """Say which shard wanted a block of another file."""
-    return "" if block.path == source.path else f"; {source.path} refers to it. If it is not there, {HINT}"
+def unreadable(source: Source, path: str, error: StoreError) -> ShardError:
+    """Return the error that bytes of a source, which lie in ``path``, cannot be read."""
+    return ShardError(
+        f"{path}: tensor {shown(source.stored.fqn)} of rank {source.rank} cannot be read: {error}{_referrer(source, path)}"
+    )
+
+
+def damaged(source: Source, block: Block) -> ShardError:
+    """Return the error that a block of a source is not what was written."""
+    return ShardError(
+        f"{block.path}: bytes [{block.start}, {block.start + block.nbytes}) of {shown(block.stored.fqn)}, written by "
+        f"rank {source.rank}, do not match their digest; the file is damaged{_referrer(source, block.path)}"
+    )
+
+
+def _referrer(source: Source, path: str) -> str:
+    """Say which shard wanted bytes of another file."""
+    return "" if path == source.path else f"; {source.path} refers to it. If it is not there, {HINT}"
 
 
 def _place_of_run(source: Source, run: list[Block], box: Box) -> int | None:

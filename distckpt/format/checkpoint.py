@@ -31,7 +31,7 @@ from distckpt.format.box_reader import (
 )
 from distckpt.format.catalog import CheckpointInfo, find_checkpoint, list_checkpoints
 from distckpt.format.dtypes import itemsize
-from distckpt.format.flat_reader import fill_flat, rows_around
+from distckpt.format.flat_reader import Share, fill_flat, lend_flat, rows_around, shares_of
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
 from distckpt.format.read_ahead import REQUEST, ReadAhead
@@ -83,7 +83,7 @@ class Checkpoint:
         self.committed = committed
         self.manifest = manifest
         self._index = ShardIndex(store, manifest, committed.folder)
-        self._tiled: dict[tuple[str, Box], list[Source]] = {}
+        self._tiled: dict[tuple[str, Box], list[Share]] = {}
         self._reader: Reader = store
 
     def __repr__(self) -> str:
@@ -210,16 +210,27 @@ class Checkpoint:
         ``box`` lies within the tensor, ``start`` and ``stop`` between elements; ``view`` is flat, writable and of that
         length. Raises ``IncompatibleState`` for an unknown name, ``ShardError`` for damage.
         """
+        fill_flat(self._reader, self._shares(fqn, box, start, stop), box, start, stop, view)
+
+    def lend(self, fqn: str, box: Box, start: int, stop: int, spare: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Yield what ``read_into`` puts into ``spare`` as (place, bytes), each to be used until the next is asked for.
+
+        What was read ahead (``reading_through``) is verified where it lies and not copied, where blocks allow.
+        """
+        return lend_flat(self._reader, self._shares(fqn, box, start, stop), box, start, stop, spare)
+
+    def _shares(self, fqn: str, box: Box, start: int, stop: int) -> list[Share]:
+        """Return who holds bytes [start, stop) of a box, which is looked at as a whole once."""
         name = self._resolve(fqn)
-        size = itemsize(self.manifest.tensors[name].dtype)
-        sources = self._tiled.get((name, box))
-        if sources is None:
+        shares = self._tiled.get((name, box))
+        if shares is None:
             sources = self._sources(name, box)
             sources_tile(name, sources, box, self.path)
-            self._tiled[name, box] = sources
-        if len(sources) > FEW_SOURCES:
-            sources = self._sources(name, rows_around(box, start // size, -(-stop // size)))
-        fill_flat(self._reader, sources, box, start, stop, view)
+            shares = self._tiled[name, box] = shares_of(sources, box)
+        if len(shares) > FEW_SOURCES:
+            size = itemsize(self.manifest.tensors[name].dtype)
+            shares = shares_of(self._sources(name, rows_around(box, start // size, -(-stop // size))), box)
+        return shares
 
     def extents(self, fqn: str, box: Box) -> list[tuple[Store, str, int, int]]:
         """Return what reading a box reads: (store, name on it, first byte, bytes), for ``ReadAhead``."""

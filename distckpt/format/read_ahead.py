@@ -16,8 +16,9 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Final
 
+from distckpt.format.digest import BLOCK
 from distckpt.storage.base import Store
-from distckpt.storage.direct import ALIGNMENT, anonymous, copy_memory
+from distckpt.storage.direct import ALIGNMENT, address, anonymous, copy_memory
 
 REQUEST: Final = 8 << 20
 """Bytes of one request at most where each costs tens of milliseconds (object stores)."""
@@ -72,14 +73,15 @@ class ReadAhead:
         files = max(1, len(by_file))
         far = any(store.capabilities.latency for store, _ in by_file)
         room = min(MEMORY, max(MEMORY // 2, PER_FILE * files))
-        slot = max(64 << 10, min(REQUEST if far else NEAR_REQUEST, room // (2 * files) // ALIGNMENT * ALIGNMENT))
-        self._ahead = max(1, min(AHEAD, room // (slot * files)))
-        size = slot - 2 * ALIGNMENT  # a page's rest at each end
+        most = min(REQUEST if far else NEAR_REQUEST, room // (2 * files))
+        size = max(64 << 10, most // BLOCK * BLOCK)
+        slot = size + 2 * ALIGNMENT  # a page's rest at each end
+        self._ahead = max(1, min(AHEAD, room // (size * files)))
         self._spans = {file: list(_joined(sorted(ranges), size)) for file, ranges in by_file.items()}
         self._starts = {file: [span.start for span in spans] for file, spans in self._spans.items()}
         self._lock = threading.Lock()
         # One piece of memory: a huge page for each small slot would be touched as a whole.
-        slots = min(room // slot, sum(map(len, self._spans.values())))
+        slots = min(max(1, room // size), sum(map(len, self._spans.values())))
         memory = anonymous(slots * slot)
         self._free = [memory[at : at + slot] for at in reversed(range(0, slots * slot, slot))]
         self._pool = ThreadPoolExecutor(AHEAD if far else NEAR_THREADS, thread_name_prefix="distckpt-ahead")
@@ -96,34 +98,57 @@ class ReadAhead:
 
     def read_into(self, store: Store, name: str, offset: int, destination: memoryview) -> None:
         """Fill ``destination`` from ``offset``, as ``Store.read_into`` does."""
-        stop = offset + destination.nbytes
+        at = 0
+        for part in self.lend(store, name, offset, destination):
+            if address(part) != address(destination) + at:
+                copy_memory(destination[at : at + len(part)], part)
+            at += len(part)
+
+    def lend(
+        self, store: Store, name: str, offset: int, spare: memoryview, unit: int | None = None
+    ) -> Iterator[memoryview]:
+        """Yield ``len(spare)`` bytes from ``offset`` in parts, each to be read until the next is asked for.
+
+        They lie where they were fetched to, cut where one request ended and the next began; else in ``spare``. Where
+        ``unit`` is given, all parts but the last are multiples of it.
+        """
+        stop = offset + spare.nbytes
         every, starts = self._spans.get((store, name), []), self._starts.get((store, name), [])
         first, last = max(0, bisect_right(starts, offset) - 1), bisect_left(starts, stop)
         spans = [span for span in every[first:last] if span.stop > offset]
-        if _cover(spans, offset, stop):
+        told = _cover(spans, offset, stop)
+        if told and (unit is None or not any((span.start - offset) % unit for span in spans[1:])):
             with self._lock:
                 for near in every[first : last - 1 + self._ahead]:
                     self._begin(store, name, near)
-                contents = [(span, span.content) for span in spans]
-                for span, content in contents:
-                    span.users += content is not None
-            try:
-                for span, content in contents:
-                    low, high = span.common(offset, stop)
-                    part = destination[low - offset : high - offset]
-                    if content is None:  # asked for again, or there is no room for more
-                        store.read_into(name, low, part)
-                    else:
-                        copy_memory(part, content.result()[low - span.aligned : high - span.aligned])
-            finally:
-                with self._lock:
-                    for span, content in contents:
-                        span.users -= content is not None
+            for span in spans:
+                low, high = span.common(offset, stop)
+                yield from self._lend(store, name, span, low, spare[low - offset : high - offset])
+            return
+        if told:
+            self.read_into(store, name, offset, spare)
         else:  # not as it was told
-            store.read_into(name, offset, destination)
-        for span in spans:
-            low, high = span.common(offset, stop)
-            self._used(span, high - low)
+            store.read_into(name, offset, spare)
+            for span in spans:
+                low, high = span.common(offset, stop)
+                self._used(span, high - low)
+        yield spare
+
+    def _lend(self, store: Store, name: str, span: _Span, offset: int, spare: memoryview) -> Iterator[memoryview]:
+        """Yield bytes of one span."""
+        with self._lock:
+            content = span.content
+            span.users += content is not None
+        try:
+            if content is None:  # asked for again, or there is no room for more
+                store.read_into(name, offset, spare)
+                yield spare
+            else:
+                yield content.result()[offset - span.aligned : offset - span.aligned + len(spare)]
+        finally:
+            with self._lock:
+                span.users -= content is not None
+        self._used(span, len(spare))
 
     def _used(self, span: _Span, nbytes: int) -> None:
         """Count what was asked for of a span; after all of it its memory is free, once it has been fetched."""
@@ -170,14 +195,21 @@ class ReadThrough:
         """Fill ``destination`` from ``offset``, as ``Store.read_into`` does."""
         self._ahead.read_into(self._store, name, offset, destination)
 
+    def lend(self, name: str, offset: int, spare: memoryview, unit: int) -> Iterator[memoryview]:
+        """Yield bytes where they lie, see ``ReadAhead.lend``."""
+        return self._ahead.lend(self._store, name, offset, spare, unit)
+
 
 def _joined(ranges: list[tuple[int, int]], size: int) -> Iterator[_Span]:
-    """Join sorted ranges into spans of at most ``size`` bytes, and cut what is longer."""
+    """Join sorted ranges into spans of at most ``size`` bytes, and cut what is longer.
+
+    What does not fit into a span begins the next one, so that of a long range whole blocks lie together.
+    """
     span: _Span | None = None
     for first, stop in ranges:
         start = first if span is None else max(first, span.stop)  # asked for twice: counted once
         while start < stop:
-            if span is None or start - span.stop > GAP or start - span.start >= size:
+            if span is None or start - span.stop > GAP or stop - span.start > size:
                 if span is not None:
                     yield span
                 span = _Span(start, start)

@@ -16,7 +16,7 @@ from distckpt.format import names
 from distckpt.format.box_reader import Source
 from distckpt.format.catalog import find_checkpoint, parse_location
 from distckpt.format.commit import begin_attempt, commit
-from distckpt.format.flat_reader import fill_flat
+from distckpt.format.flat_reader import fill_flat, shares_of
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest, ShardEntry
 from distckpt.format.placing import Piece
@@ -96,7 +96,8 @@ def _write_shard(
     sources = [Source(index.path(number), number, header.block, stored) for stored in header.boxes]
 
     def fill(piece: int, start: int, stop: int, view: memoryview) -> None:
-        fill_flat(index.store, [sources[piece]], sources[piece].stored.box, start, stop, view)
+        box = sources[piece].stored.box
+        fill_flat(index.store, shares_of([sources[piece]], box), box, start, stop, view)
 
     name = names.shard_name(number, count)
     written = write_pieces(store, f"{folder}/{name}", plan, fill, threads=threads, request=CHUNK, progress=progress)

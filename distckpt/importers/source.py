@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _stored(found: Checkpoint, fqn: str, dtype: str, shape: tuple[int, ...]) -> 
         found.read_into(fqn, whole, first, last, out)
         return out[start - first : stop - first]
 
-    return Stream(dtype, shape, read, lambda box, start, stop, view: found.read_into(fqn, box, start, stop, view))
+    return Stream(dtype, shape, read, partial(found.read_into, fqn), partial(found.lend, fqn))
 
 
 def box_of(offsets: Iterable[int], sizes: Iterable[int]) -> Box:

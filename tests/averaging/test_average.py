@@ -21,6 +21,7 @@ from distckpt.averaging import write
 from distckpt.averaging.average import Options, combine_checkpoints
 from distckpt.averaging.sources import Term
 from distckpt.errors import ConfigError, CorruptCheckpoint, IncompatibleState, ShardError
+from distckpt.format import flat_reader, read_ahead
 from distckpt.importers.convert import convert
 
 
@@ -389,6 +390,28 @@ def test_a_damaged_source_is_refused_by_file(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(CorruptCheckpoint, match=shard.name):
         average_checkpoints(run, tmp_path / "other")
+
+
+@pytest.mark.parametrize("at", [300_000, 2_500_000])
+def test_long_tensors_are_summed_and_verified_where_they_were_read_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    states = [{"w": torch.randn(1500, 1000)} for _ in range(3)]
+    source = root(tmp_path / "run", states, shard_bytes=64 << 20)
+    copies: list[Any] = []
+    for module, name in ((read_ahead, "copy_memory"), (flat_reader, "fill_flat")):
+        monkeypatch.setattr(module, name, lambda *args: copies.append(args))
+    average_checkpoints(source, tmp_path / "out")
+    assert not copies
+    monkeypatch.undo()
+    assert_one_rounding(contents(tmp_path / "out")["w"], [s["w"] for s in states])
+    shard = next(step_of(source, 2).glob("*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) - 6_000_000 + at] ^= 1
+    shard.write_bytes(data)
+    first = len(data) - 6_000_000 + at // 262_144 * 262_144
+    with pytest.raises(ShardError, match=rf"{shard.name}.* bytes \[{first}, {first + 262_144}\) of 'model\.w',"):
+        average_checkpoints(source, tmp_path / "other")
 
 
 def test_extra_memory_does_not_depend_on_the_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distckpt.format import read_ahead
 from distckpt.format.read_ahead import ReadAhead, ReadThrough
 from distckpt.storage import MemoryStore
-from distckpt.storage.direct import ALIGNMENT
+from distckpt.storage.direct import ALIGNMENT, address
 
 KIB = 1 << 10
 
@@ -77,9 +77,58 @@ def test_long_ranges_are_cut_and_read_across_the_cuts(step: int) -> None:
             nbytes = min(step, size + 3 - start)
             assert fetch(reader, "a", start, nbytes) == content[start : start + nbytes]
         assert free_at_the_end(ahead) == slots
-    requests = -(-size // (read_ahead.NEAR_REQUEST - 2 * ALIGNMENT))
+    requests = -(-size // read_ahead.NEAR_REQUEST)
     assert store.counters["opens"] == requests
     assert store.counters["bytes_read"] <= size + requests * 2 * ALIGNMENT
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 800), st.integers(1, 800)), min_size=1, max_size=6),
+    unit=st.sampled_from([4 * KIB, 32 * KIB, 256 * KIB]),
+    cut=st.floats(0, 1),
+)
+def test_what_is_lent_is_right_and_cut_in_units(ranges: list[tuple[int, int]], unit: int, cut: float) -> None:
+    store = store_of({"a": 7 << 20})
+    content = store._content("a")
+    extents = [("a", start * 4 * KIB, nbytes * 4 * KIB) for start, nbytes in ranges]
+    with ReadAhead((store, *extent) for extent in extents) as ahead:
+        reader, slots = ahead.over(store), len(ahead._free)
+        for name, start, nbytes in extents:
+            middle = start + int(nbytes * cut) // unit * unit
+            for first, last in ((start, middle), (middle, start + nbytes)):
+                parts = [bytes(part) for part in reader.lend(name, first, memoryview(bytearray(last - first)), unit)]
+                assert b"".join(parts) == content[first:last]
+                assert not any(len(part) % unit for part in parts[:-1])
+        assert free_at_the_end(ahead) == slots
+
+
+def test_a_long_range_is_lent_where_it_was_read_to() -> None:
+    """Behind a short one it begins a request of its own, so that its blocks are whole in each."""
+    store = store_of({"a": 9 << 20})
+    extents = [("a", 0, 100 * KIB), ("a", 100 * KIB, 6 << 20)]
+    with ReadAhead((store, *extent) for extent in extents) as ahead:
+        reader, spare = ahead.over(store), memoryview(bytearray(2 << 20))
+        for start in range(100 * KIB, 4 << 20, 1 << 20):
+            for part in reader.lend("a", start, spare[: 1 << 20], 256 * KIB):
+                assert len(part) == 1 << 20
+                assert address(part) != address(spare)
+    assert store.counters["opens"] <= 1 + 3
+
+
+def test_memory_is_not_used_again_while_it_is_lent() -> None:
+    store = store_of({"a": 200 << 20})
+    content = store._content("a")
+    with ReadAhead([(store, "a", 0, 200 << 20)]) as ahead:
+        reader, spare = ahead.over(store), memoryview(bytearray(8 << 20))
+        lent = reader.lend("a", 0, spare[: 2 << 20], 256 * KIB)
+        held = next(lent)
+        fetch(reader, "a", 0, 2 << 20)  # all of it was asked for: but for the loan, the memory is free
+        for start in range(2 << 20, 200 << 20, 8 << 20):
+            nbytes = min(8 << 20, (200 << 20) - start)
+            assert fetch(reader, "a", start, nbytes) == content[start : start + nbytes]
+        assert held == content[: 2 << 20]
+        assert next(lent, None) is None
 
 
 def test_what_is_read_beside_the_plan_holds_no_memory() -> None:
