@@ -4,7 +4,8 @@
 
 The bound of an update is a triad (one flat ``a += x * b``, as many fp32 elements as the model has) before and after each turn:
 an update cannot do without reading a weight and reading and writing its shadow. With bf16 weights it is scaled by the bytes
-that must move. What keeps no fp32 shadow of bf16 weights does other work, and takes no part there.
+that must move. What keeps no fp32 shadow of bf16 weights does other work, and takes no part there. Weights are the
+user's, in pages of 4 KiB; how much of an update's time that is, a row with weights in huge pages shows.
 
 Other libraries are imported where they are installed; timm's one file is loaded by path, as timm itself wants torchvision.
 """
@@ -30,9 +31,11 @@ from benchmarks.peers import OURS
 from benchmarks.report import Results
 from benchmarks.run import Bench, Row, folder_for, palindrome
 from distckpt import CheckpointConfig, CheckpointManager, EMAModel
+from distckpt.storage.direct import anonymous
 
 DECAY = 0.999
 THREE, SEED = "distckpt, 3 decays", "per-tensor formula"
+HUGE = "distckpt, weights in huge pages"
 SWA, SWA_FOREACH = "AveragedModel avg_fn", "AveragedModel multi_avg_fn"
 EMA_PYTORCH, TIMM = "ema-pytorch foreach", "timm V3, fp32 shadow"
 PACKAGES = {EMA_PYTORCH: "ema-pytorch", TIMM: "timm", SWA: "torch", SWA_FOREACH: "torch"}
@@ -84,6 +87,18 @@ def seed_formula(model: nn.Module) -> Callable[[], Any]:
     return update
 
 
+def in_huge_pages(model: nn.Module) -> Callable[[], Any]:
+    """Return our update of weights like these, one after another in huge pages."""
+    layers = [tuple(p.shape) for p in model.parameters()]
+    other = model_of(layers, next(model.parameters()).dtype)
+    memory = anonymous(sum(p.nbytes for p in other.parameters()))
+    for parameter in other.parameters():
+        mine, memory = memory[: parameter.nbytes], memory[parameter.nbytes :]
+        moved = torch.frombuffer(mine, dtype=parameter.dtype).view(parameter.shape)
+        parameter.data = moved.copy_(parameter.detach())
+    return EMAModel(other, decay=DECAY).update
+
+
 def averaged_model(model: nn.Module, **options: Any) -> Callable[[], Any]:
     averaged = AveragedModel(model, **options)
     averaged.update_parameters(model)  # the first one copies
@@ -115,6 +130,7 @@ def contestants(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Callable[
     """Return what to compare, by name; with low-precision weights only what keeps fp32 shadows does the same work."""
     same_work: dict[str, Callable[[nn.Module], Callable[[], Any]]] = {
         OURS: lambda m: EMAModel(m, decay=DECAY).update,
+        HUGE: in_huge_pages,
         THREE: lambda m: EMAModel(m, decay=[0.99, 0.999, 0.9999]).update,
         SEED: seed_formula,
         TIMM: timm,
