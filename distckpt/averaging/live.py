@@ -56,7 +56,9 @@ class LiveWeights:
         self.names: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
         self._homes: list[tuple[dict[str, Any], list[int]]] = []
-        self._addresses: list[tuple[torch.Tensor, int]] = []
+        self._plain: list[torch.Tensor] = []
+        self._sharded: list[DTensor] = []
+        self._addresses: list[int] = []
 
     def look(self) -> Live:
         """Return where everything lies now; reshards what a forward pass left unsharded (FSDP2).
@@ -79,9 +81,12 @@ class LiveWeights:
 
     def moved(self) -> bool:
         """Whether a module, a parameter or its memory is another than ``look`` found; asked before every update."""
-        return any([id(value) for value in home.values()] != ids for home, ids in self._homes) or any(
-            _address(tensor) != address for tensor, address in self._addresses
-        )
+        # Asked for thousands of tensors between two steps, and what they point to is in no cache.
+        other = any(list(map(id, home.values())) != ids for home, ids in self._homes)
+        return other or self._addresses_now() != self._addresses
+
+    def _addresses_now(self) -> list[int]:
+        return [t.data_ptr() for t in self._plain] + [t._local_tensor.data_ptr() for t in self._sharded]
 
     def written(self) -> None:
         """Let the engine take over weights that were written in place; collective under ZeRO, which gathers."""
@@ -160,15 +165,13 @@ class LiveWeights:
             if self.average_buffers:
                 tensors += [buffer for buffer in self.module.buffers() if buffer.numel()]
             homes = [home for m in self.module.modules() for home in (m._modules, m._parameters) if home]
-            self._homes = [(home, [id(value) for value in home.values()]) for home in homes]
-        self._addresses = [(tensor, _address(tensor)) for tensor in tensors]
+            self._homes = [(home, list(map(id, home.values()))) for home in homes]
+        self._sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        self._plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+        self._addresses = self._addresses_now()
 
 
 def _followed(state: State, averaged: Collection[str]) -> dict[str, TensorLeaf]:
     leaves = {**state.tensors, **{name: state.tensors[target] for name, target in state.aliases.items()}}
     bare = {name.removeprefix(MODEL): leaf for name, leaf in leaves.items() if name.startswith(MODEL)}
     return {name: leaf for name, leaf in bare.items() if name not in averaged}
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).data_ptr()
