@@ -17,6 +17,9 @@ _SMALL = 32 << 10
 _free, _held = ctypes.CDLL(None), ctypes.PyDLL(None)
 for _library in (_free, _held):
     _library.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.argtypes, _view_of.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
@@ -24,9 +27,9 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def move(target: int, source: int, nbytes: int) -> None:
-    """Copy bytes between addresses; the interpreter lock is let go where that pays (taking it back may have to wait)."""
-    (_held if nbytes < _SMALL else _free).memmove(target, source, nbytes)
+def move(target: int, source: int, nbytes: int, *, held: int = _SMALL) -> None:
+    """Copy bytes between addresses; of fewer than ``held`` the interpreter lock is kept: taking it back may have to wait."""
+    (_held if nbytes < held else _free).memmove(target, source, nbytes)
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:
@@ -36,7 +39,8 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
 
 def memory_at(where: int, nbytes: int) -> memoryview:
     """Return a writable view of memory, which the caller keeps alive."""
-    return memoryview((ctypes.c_char * nbytes).from_address(where)).cast("B")
+    view: memoryview = _view_of(where, nbytes, _WRITABLE)
+    return view
 
 
 class HostBytes:

@@ -61,6 +61,10 @@ class Use(msgspec.Struct, eq=False):
     end: int = 0
     address: int = 0
 
+    def target_of(self, byte: int) -> int:
+        """Return the address of this byte of the stored box, which goes to memory as it is."""
+        return self.address + byte - self.begin
+
 
 class Run(msgspec.Struct, eq=False):
     """Blocks ``first`` up to ``last`` of a stored box: ``nbytes`` bytes from ``start`` of ``path``, and who takes them."""

@@ -39,6 +39,8 @@ READ_THREADS = 6
 
 Fewer where ranks share few processors: two for each processor of a rank, but two in any case. Where requests wait for a
 far service and not for a device, as many as the caller allows."""
+HELD = 256 << 10
+"""Bytes of a small tensor that are copied without letting other threads in: they wait for the disk, not for this one."""
 MAX_OPEN = 64
 """Files kept open during one read; further ones are opened for each request."""
 
@@ -181,9 +183,14 @@ class CheckpointReader:
 
     def _read_cached(self, file: Reader, request: Request) -> bool:
         """Fill the tensors from the page cache if that holds the whole request, and verify them."""
-        views = [memory_at(r.uses[0].address + r.first * r.block - r.uses[0].begin, r.nbytes) for r in request.runs]
+        views: list[memoryview] = []
+
+        def destinations() -> list[memoryview]:
+            views.extend(memory_at(run.uses[0].target_of(run.first * run.block), run.nbytes) for run in request.runs)
+            return views
+
         with self._named(request):
-            if not file.read_cached(request.start, views):
+            if not file.read_cached(request.start, request.stop - request.start, destinations):
                 return False
         for run, view in zip(request.runs, views, strict=True):
             if digests.block_digests(view, run.block) != list(run.stored.digests[run.first : run.last]):
@@ -201,8 +208,13 @@ class CheckpointReader:
 
     def _deliver(self, request: Request, buffer: memoryview, *, compare: bool, verified: bool = False) -> None:
         """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
+        first = address(buffer) - share.span(request)[0]  # where the file's first byte would lie
         for run, data in _data(request, buffer):
-            source = address(data) - run.first * run.block
+            if not (compare or verified) and run.last - run.first == 1 and run.in_place:  # a small tensor
+                self._verify(request, run, run.first, data)
+                move(run.uses[0].target_of(run.first * run.block), first + run.start, run.nbytes, held=HELD)
+                continue
+            source = first + run.start - run.first * run.block
             for number in range(run.first, run.last):
                 if not verified:
                     self._verify(request, run, number, data)
@@ -284,7 +296,7 @@ def _hand_out(run: Run, number: int, source: int) -> None:
     for use in run.uses:
         begin, end = max(use.begin, low), min(use.end, high)
         if use.address and begin < end:
-            move(use.address + begin - use.begin, source + begin, end - begin)
+            move(use.target_of(begin), source + begin, end - begin)
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:

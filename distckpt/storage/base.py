@@ -8,7 +8,7 @@ because object stores have neither. ``storage/memory.py`` is the executable spec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -113,10 +113,10 @@ class Reader(Protocol):
     def read_into(self, offset: int, destination: memoryview) -> None:
         """See ``Store.read_into``."""
 
-    def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
-        """Fill the views, one after the other, from ``offset`` on, if memory has the bytes already; else False.
+    def read_cached(self, offset: int, nbytes: int, destinations: Callable[[], Sequence[memoryview]]) -> bool:
+        """Fill views of ``nbytes`` together, one after the other, from ``offset`` on, if memory has the bytes; else False.
 
-        After False the views may hold anything.
+        They are asked for only where it seems to. After False they may hold anything.
         """
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class PlainReader:
         """See ``Reader.read_into``."""
         self._store.read_into(self._name, offset, destination)
 
-    def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
+    def read_cached(self, offset: int, nbytes: int, destinations: Callable[[], Sequence[memoryview]]) -> bool:
         """See ``Reader.read_cached``: never."""
         return False
 

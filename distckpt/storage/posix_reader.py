@@ -44,30 +44,29 @@ class PosixReader:
                 return
         self._count("bytes_read", len(view))
 
-    def read_cached(self, offset: int, destinations: Sequence[memoryview]) -> bool:
+    def read_cached(self, offset: int, nbytes: int, destinations: Callable[[], Sequence[memoryview]]) -> bool:
         """See ``Reader.read_cached``: what the page cache has, scattered into the views in one copy."""
-        nbytes = sum(map(len, destinations))
         with mapped("read", self._path, reading=True):
             check_range(self._path, offset, nbytes, self._size)
-            if not self._resident(destinations, offset):
+            if not self._resident(offset, nbytes, destinations):
                 return False
         self._count("bytes_read", nbytes)
         return True
 
     def _quick(self, view: memoryview, offset: int) -> int:
         """Fill the front of a view, from memory or past the page cache; 0 bytes where neither works."""
-        if self._resident([view], offset):
+        if self._resident(offset, len(view), lambda: [view]):
             return len(view)
         return read_direct(self._direct, view, offset) if self._direct >= 0 else 0
 
-    def _resident(self, views: Sequence[memoryview], offset: int) -> bool:
+    def _resident(self, offset: int, nbytes: int, views: Callable[[], Sequence[memoryview]]) -> bool:
         """Fill the views if the page cache has all of it."""
         with self._lock:
             if self._residency is None:
                 self._residency = Residency(self._fd, self._size)
-        if not self._residency.holds(offset, sum(map(len, views))):
+        if not self._residency.holds(offset, nbytes):
             return False
-        if read_resident(self._fd, views, offset):
+        if read_resident(self._fd, views(), offset):
             return True
         self._residency.distrust()
         return False

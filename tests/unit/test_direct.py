@@ -110,13 +110,13 @@ def test_a_cold_read_leaves_the_page_cache_cold(tmp_path: Path) -> None:
         if cached.holds(0, 4096):
             pytest.skip("this file system keeps no file out of memory")
         target = bytearray(4 * MIB)
-        assert not reader.read_cached(MIB, [memoryview(target)])
+        assert not reader.read_cached(MIB, 4 * MIB, lambda: pytest.fail("asked for where to, though nothing is there"))
         reader.read_into(MIB, memoryview(target))
         assert not any(cached.holds(page, 4096) for page in range(0, 12 * MIB, 4096))
         file.seek(2 * MIB)
         assert file.read(2 * MIB) == target[MIB : 3 * MIB]
         assert cached.holds(2 * MIB + 5, 2 * MIB - 9)
-        assert reader.read_cached(2 * MIB, [memoryview(target)[: 2 * MIB]])
+        assert reader.read_cached(2 * MIB, 2 * MIB, lambda: [memoryview(target)[: 2 * MIB]])
         for wrong in range(direct.WRONG + 1):
             assert cached.holds(2 * MIB, 4096), wrong
             cached.distrust()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from distckpt import EMAModel
 from distckpt.averaging.schedules import CountRatio, HalfLife, InverseGamma
 from distckpt.errors import ConfigError, IncompatibleState
+from distckpt.storage.direct import HUGE_PAGE
 
 
 class Net(nn.Module):
@@ -85,6 +88,19 @@ def test_it_starts_from_a_copy() -> None:
     before = {n: v for n, v in values(model).items() if n in AVERAGED}
     drift(model)
     assert_equal(shadow(ema), before)
+
+
+def test_shadows_lie_side_by_side_in_huge_pages_and_are_tensors_of_their_own() -> None:
+    ema = EMAModel(Net(), decay=[0.9, 0.99])
+    every = [tensor for name in ("0.9", "0.99") for tensor in shadow(ema, name).values()]
+    spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in every)
+    assert spans[0][0] % HUGE_PAGE == 0
+    assert all(b == a + -(-nbytes // 64) * 64 for (a, nbytes), (b, _) in pairwise(spans))
+    assert {tensor.untyped_storage().nbytes() - tensor.nbytes for tensor in every} == {0}
+    kept = every[-1].clone()
+    del ema
+    gc.collect()
+    assert torch.equal(every[-1], kept)  # what anyone still has keeps the memory
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
