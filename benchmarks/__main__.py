@@ -76,6 +76,8 @@ def run(settings: Settings, folder: Path, out: Path) -> report.Results:
             started = time.monotonic()
             print(f"== {job.name}: {job.title}", file=sys.stderr, flush=True)
             row = {"kind": "job", "job": job.name}
+            if job.alone:
+                bench.close()
             try:
                 job.run(bench)
             except RanksFailed as error:

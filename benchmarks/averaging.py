@@ -66,7 +66,7 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
 
 
 def jobs() -> list[Job]:
-    return [Job("averaging", "the mean of 2, 8 and 32 checkpoints", averages)]
+    return [Job("averaging", "the mean of 2, 8 and 32 checkpoints", averages, alone=True)]
 
 
 def measures() -> list[Measure]:
