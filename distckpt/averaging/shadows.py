@@ -49,7 +49,7 @@ class Shadows:
                 "model is in its final layout, and bring its values over through a checkpoint"
             )
         new = [part for n, leaf in live.averaged.items() if n not in self.parts for _, part in leaf.parts]
-        memory = _Memory(sum(self.count * _room(self._shape(part)) for part in new if self._on_cpu(part)))
+        memory = _Memory(sum(self.count * _room(self._shape(part)) for part in new if self._device(part).type == "cpu"))
         self.parts = {name: self._fit_one(name, leaf, memory) for name, leaf in live.averaged.items()}
         self.leaves = live.averaged
         self._updater = None
@@ -58,7 +58,7 @@ class Shadows:
         known = self.parts.get(name)
         parts = []
         for number, (box, live) in enumerate(leaf.parts):
-            device = self.device or live.device
+            device = self._device(live)
             if known is None:
                 memory = tuple(self._allocate(live, device, free) for _ in range(self.count))
             else:
@@ -79,8 +79,8 @@ class Shadows:
         flat = _flat(live)
         return torch.empty(flat.shape, dtype=torch.promote_types(self.dtype, _wide(flat.dtype)), device="meta")
 
-    def _on_cpu(self, live: torch.Tensor) -> bool:
-        return (self.device or live.device).type == "cpu"
+    def _device(self, live: torch.Tensor) -> torch.device:
+        return self.device or live.device
 
     def move(self, weights: Sequence[float]) -> None:
         """Move every shadow towards its weight, in one pass; one number per average, 1 copies."""

@@ -40,7 +40,7 @@ READ_THREADS = 6
 Fewer where ranks share few processors: two for each processor of a rank, but two in any case. Where requests wait for a
 far service and not for a device, as many as the caller allows."""
 HELD = 256 << 10
-"""Bytes of a small tensor that are copied without letting other threads in: they wait for the disk, not for this one."""
+"""Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
 MAX_OPEN = 64
 """Files kept open during one read; further ones are opened for each request."""
 
@@ -210,10 +210,6 @@ class CheckpointReader:
         """Verify a request block by block and copy on what is wanted of it; ``buffer`` begins at its first page."""
         first = address(buffer) - share.span(request)[0]  # where the file's first byte would lie
         for run, data in _data(request, buffer):
-            if not (compare or verified) and run.last - run.first == 1 and run.in_place:  # a small tensor
-                self._verify(request, run, run.first, data)
-                move(run.uses[0].target_of(run.first * run.block), first + run.start, run.nbytes, held=HELD)
-                continue
             source = first + run.start - run.first * run.block
             for number in range(run.first, run.last):
                 if not verified:
@@ -296,7 +292,7 @@ def _hand_out(run: Run, number: int, source: int) -> None:
     for use in run.uses:
         begin, end = max(use.begin, low), min(use.end, high)
         if use.address and begin < end:
-            move(use.target_of(begin), source + begin, end - begin)
+            move(use.target_of(begin), source + begin, end - begin, held=HELD)
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:

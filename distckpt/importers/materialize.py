@@ -95,9 +95,10 @@ def _write_shard(
     )
     sources = [Source(index.path(number), number, header.block, stored) for stored in header.boxes]
 
+    shares = [shares_of([source], source.stored.box) for source in sources]
+
     def fill(piece: int, start: int, stop: int, view: memoryview) -> None:
-        box = sources[piece].stored.box
-        fill_flat(index.store, shares_of([sources[piece]], box), box, start, stop, view)
+        fill_flat(index.store, shares[piece], sources[piece].stored.box, start, stop, view)
 
     name = names.shard_name(number, count)
     written = write_pieces(store, f"{folder}/{name}", plan, fill, threads=threads, request=CHUNK, progress=progress)
