@@ -14,7 +14,7 @@ from typing import Final
 
 from distckpt.analysis.store_report import READ, WRITE, Advice, CurvePoint, Figure, Latency
 from distckpt.config import CheckpointConfig, ObjectStoreConfig
-from distckpt.dcp.read_plan import FAR_SPAN, SPAN
+from distckpt.dcp.read_plan import SPAN
 from distckpt.dcp.reader import READ_THREADS
 from distckpt.dcp.share import Rates, sharing_pays
 from distckpt.storage.direct import REQUEST
@@ -65,9 +65,9 @@ def by_threads(curve: Iterable[CurvePoint], kind: str, request: int) -> dict[int
     return {p.threads: p.rate for p in points if p.request == nearest}
 
 
-def usual_request(curve: Iterable[CurvePoint], kind: str, *, far: bool) -> int:
+def usual_request(curve: Iterable[CurvePoint], kind: str) -> int:
     """Return the measured request size nearest to the one that distckpt makes."""
-    usual = REQUEST if kind == WRITE else FAR_SPAN if far else SPAN
+    usual = REQUEST if kind == WRITE else SPAN
     return _nearest([p for p in curve if p.kind == kind], usual)
 
 
@@ -125,7 +125,7 @@ def _near(found: Measured, config: CheckpointConfig) -> list[Advice]:
 
 def _far(found: Measured, config: CheckpointConfig, objects: ObjectStoreConfig) -> list[Advice]:
     """Depth of what is far: ranged reads in flight, and the parts of uploads, their sizes and their deadline."""
-    read = by_threads(found.curve, READ, FAR_SPAN)
+    read = by_threads(found.curve, READ, SPAN)
     threads = settled(read, config.threads)
     why = f"reads {_rate(read[threads])} with so many ranges in flight, {_rate(max(read.values()))} at most"
     uncertain = _moved(found, READ) or _shallow(read, config)

@@ -162,7 +162,7 @@ def _charts(target: TargetReport) -> list[str]:
         if best is None:
             continue
         uncertain = " (void: the storage moved)" if _void(target.curve, kind) else ""
-        usual = usual_request(target.curve, kind, far=target.far)
+        usual = usual_request(target.curve, kind)
         depths = by_threads(target.curve, kind, usual)
         lines.append(f"  raw {kind}, requests of {usual >> 20} MiB, by threads{uncertain}")
         lines += _bars({str(n): rate for n, rate in depths.items()}, str(knee(depths)))

@@ -12,7 +12,8 @@ from distckpt.clock import Deadline
 from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.reader import CheckpointReader
-from distckpt.engines.base import Engine
+from distckpt.dcp.warming import Warming, files_of
+from distckpt.engines.base import OPTIM_GROUPS, Engine
 from distckpt.engines.step_hook import pass_fences
 from distckpt.errors import (
     AgreementError,
@@ -145,12 +146,21 @@ class Loader:
             enabled=self.config.verbose and self.agreement.is_leader,
         )
         pass_fences()  # another manager of this process may be copying the same tensors
-        with bar as progress:
+        with self._warming(store, committed, manifest, options) as warming, bar as progress:
             small = opening.small(manifest)
-            load = Restore(reader, self.engine, self.components, self.config, options, path, progress, small)
+            load = Restore(reader, self.engine, self.components, self.config, options, path, progress, small, warming)
             report = restore(self.agreement, key, load)
         self.loaded = manifest
         return report
+
+    def _warming(self, store: Store, committed: Committed, manifest: Manifest, options: LoadOptions) -> Warming:
+        """Begin to fetch what this rank will want, if it wants everything."""
+        agreement = self.agreement
+        without = getattr(self.engine, "optimizers", None) == () and OPTIM_GROUPS in manifest.objects
+        known = options.everything and not without
+        return Warming(
+            store, files_of(manifest, committed.folder, agreement.rank, agreement.world_size) if known else []
+        )
 
     def _ask(self, key: str, answer: Callable[[], bytes]) -> bytes:
         """Return the leader's answer on every rank; its errors are raised on all in their own kind."""

@@ -13,6 +13,7 @@ from distckpt.dcp import share
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.read_plan import KINDS, Request
 from distckpt.dcp.reader import CheckpointReader
+from distckpt.dcp.warming import Warming
 from distckpt.engines.base import Engine
 from distckpt.errors import AgreementError, DistckptError
 from distckpt.manager.components import Components
@@ -32,6 +33,8 @@ class Restore:
     progress: Callable[[int], None] | None = None
     small: Mapping[str, bytes] = field(default_factory=dict)
     """Values of small tensors that the leader read for all ranks."""
+    warming: Warming | None = None
+    """What is fetched ahead until reading begins."""
 
 
 def may_share(world_size: int, load: Restore) -> bool:
@@ -68,6 +71,8 @@ def read_planned(
     """Read what was planned: of each kind together with the ranks of ``groups[kind]``, who planned the same, or alone."""
     left: list[Request] = []
     failed: DistckptError | None = None
+    if load.warming is not None:
+        load.warming.stop()
     for kind, ranks in enumerate(groups):
         wanted = [request for request in planned if request.kind == kind]
         try:
@@ -76,6 +81,8 @@ def read_planned(
             failed = failed or error
     if failed is not None:
         raise failed
+    if load.warming is not None:
+        left = load.warming.spread(left)
     load.reader.read_requests(left, threads=load.config.threads, progress=load.progress)
 
 

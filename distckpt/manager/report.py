@@ -29,6 +29,11 @@ class LoadOptions:
         if self.cast not in ("exact", "any", "never"):
             raise ConfigError(f"cast={self.cast!r}: want 'exact', 'any' or 'never'")
 
+    @property
+    def everything(self) -> bool:
+        """Whether patterns and switches let all tensors through."""
+        return self.load_optimizer and self.include == ("*",) and not self.exclude
+
     def wants(self, name: str) -> bool:
         """Whether patterns and switches let this name through."""
         if not self.load_optimizer and name.split(".")[0] in ("optim", "scheduler", "scaler", "engine"):

@@ -119,6 +119,9 @@ class Reader(Protocol):
         They are asked for only where it seems to. After False they may hold anything.
         """
 
+    def fetch_ahead(self, offset: int, nbytes: int) -> bool:
+        """Begin to bring bytes into memory for later reads, and do not wait; False where it has them or cannot."""
+
     def close(self) -> None:
         """Give back what it holds; nothing is read after that."""
 
@@ -148,6 +151,10 @@ class PlainReader:
 
     def read_cached(self, offset: int, nbytes: int, destinations: Callable[[], Sequence[memoryview]]) -> bool:
         """See ``Reader.read_cached``: never."""
+        return False
+
+    def fetch_ahead(self, offset: int, nbytes: int) -> bool:
+        """See ``Reader.fetch_ahead``: it cannot."""
         return False
 
     def close(self) -> None:

@@ -53,6 +53,15 @@ class PosixReader:
         self._count("bytes_read", nbytes)
         return True
 
+    def fetch_ahead(self, offset: int, nbytes: int) -> bool:
+        """See ``Reader.fetch_ahead``: the kernel reads into the page cache (posix_fadvise(2))."""
+        if not hasattr(os, "posix_fadvise") or self._pages().holds(offset, nbytes):
+            return False
+        with mapped("fetch ahead", self._path, reading=True):
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        self._count("bytes_fetched_ahead", nbytes)
+        return True
+
     def _quick(self, view: memoryview, offset: int) -> int:
         """Fill the front of a view, from memory or past the page cache; 0 bytes where neither works."""
         if self._resident(offset, len(view), lambda: [view]):
@@ -61,15 +70,19 @@ class PosixReader:
 
     def _resident(self, offset: int, nbytes: int, views: Callable[[], Sequence[memoryview]]) -> bool:
         """Fill the views if the page cache has all of it."""
-        with self._lock:
-            if self._residency is None:
-                self._residency = Residency(self._fd, self._size)
-        if not self._residency.holds(offset, nbytes):
+        pages = self._pages()
+        if not pages.holds(offset, nbytes):
             return False
         if read_resident(self._fd, views(), offset):
             return True
-        self._residency.distrust()
+        pages.distrust()
         return False
+
+    def _pages(self) -> Residency:
+        with self._lock:
+            if self._residency is None:
+                self._residency = Residency(self._fd, self._size)
+            return self._residency
 
     def close(self) -> None:
         """See ``Reader.close``."""

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from distckpt import failpoints
 from distckpt.analysis.store_bench import BenchOptions, bench_stores
 from distckpt.cli.main import main
-from distckpt.dcp import share
+from distckpt.dcp import read_plan, share
 from distckpt.dcp.agreement import Agreement
 from distckpt.errors import AgreementError, ConfigError
 
@@ -31,7 +31,7 @@ def bench(rank: int, urls: list[str], timeout_s: float = 30.0) -> Any:
 
 
 def bench_short_turns(rank: int, urls: list[str]) -> Any:
-    share.TURN = MIB  # or it takes more bytes to measure the link
+    read_plan.SPAN = share.TURN = MIB  # or it takes more bytes to measure the link
     return bench(rank, urls)
 
 
