@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class State:
             raise IncompatibleState(f"two parts of the state are both called {name!r}; rename one of them")
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the format's name of a torch dtype: ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -247,7 +247,10 @@ def _receipt(rank: int, agreed: AgreedPlan, request: SaveRequest, written: Writt
 def _manifest(agreed: AgreedPlan, request: SaveRequest, attempt: str, receipts: list[_Receipt]) -> Manifest:
     """Check all receipts against the plan and put the manifest together (leader only)."""
     _check_receipts(agreed, request.step, receipts)
-    meshes, tensors = manifest_tensors(agreed.written)
+    constant = agreed.placed.constant
+    if manifest_tensors not in constant:
+        constant[manifest_tensors] = manifest_tensors(agreed.written)
+    meshes, tensors = constant[manifest_tensors]
     provenance, weights = request.provenance, combined(r.weights for r in receipts)
     if weights and isinstance(provenance, Mapping):
         provenance = {**provenance, "weights": weights}

@@ -33,7 +33,7 @@ class Engine(Protocol):
         """
 
     def trained(self) -> frozenset[str]:
-        """Return the names (``model.<FQN>``) of the parameters that training changes: those that require gradients."""
+        """Return the names (``model.<FQN>``) of parameters that require gradients: training changes them. After ``state``."""
 
     def finish(self, loaded: Collection[str], objects: Mapping[str, Any], *, optimizer: bool) -> None:
         """Take over what was loaded: tensors that are not in place, param groups, other saved values."""

@@ -47,6 +47,7 @@ class TorchEngine:
         self._copies: dict[str, tuple[str, torch.Tensor]] = {}
         self._others: dict[str, str] = {}
         """Names of the state dict's entries that are no tensors, and their keys in it."""
+        self._trained: frozenset[str] = frozenset()
 
     def state(self, *, optimizer: bool) -> State:
         """See ``Engine.state``. Tensors are named ``model.<FQN>`` and ``optim.state.<FQN>.<key>``."""
@@ -74,9 +75,8 @@ class TorchEngine:
                 self._finish_groups(objects[OPTIM_GROUPS])
 
     def trained(self) -> frozenset[str]:
-        """See ``Engine.trained``."""
-        named = self.model.named_parameters(remove_duplicate=False)
-        return frozenset(MODEL + clean_fqn(name) for name, parameter in named if parameter.requires_grad)
+        """See ``Engine.trained``: as ``state`` has last found them."""
+        return self._trained
 
     def settled(self, state: State) -> frozenset[str]:
         """See ``StepBound.settled``. Embeddings with ``max_norm`` are left out: their forward pass scales them."""
@@ -93,6 +93,8 @@ class TorchEngine:
         modules = list(self.model.named_modules(remove_duplicate=False))
         live = {clean_fqn(n): t for n, t in _named_tensors(modules)}
         first: dict[int, str] = {}
+        trained = (name for name, t in live.items() if t.requires_grad and isinstance(t, nn.Parameter))
+        self._trained = frozenset(map(MODEL.__add__, trained))
         synced = _synced_buffers(modules)
         self._copies, self._others = {}, {}
         with torch.no_grad():  # in which a DTensor's to_local() is a look, and no operation of autograd

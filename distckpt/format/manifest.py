@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -33,7 +33,10 @@ _FRAME: Final = len(_HEAD) + 32 + len(_MIDDLE)
 _REMEMBERED: Final = 4
 _parsed: dict[str, Manifest] = {}
 """Manifests by the digest of their body, the last few; nobody changes one."""
+_tables: dict[str, tuple[list[MeshEntry], dict[str, TensorEntry]]] = {}
+"""Tensors by the digest of their JSON, and the meshes that they were found right for: a run's manifests have the same."""
 _lock = threading.Lock()
+_T = TypeVar("_T")
 _MAX_BODY: Final = MAX_MANIFEST - _FRAME - len(_TAIL)
 
 
@@ -244,16 +247,20 @@ def _parse(body: bytes | memoryview, where: str) -> Manifest:
         manifest = _parsed.get(found)
     if manifest is None:
         manifest = _check(body, where)
-        with _lock:
-            _parsed[found] = manifest
-            while len(_parsed) > _REMEMBERED:
-                del _parsed[next(iter(_parsed))]
+        _remember(_parsed, found, manifest)
     return manifest
+
+
+def _remember(known: dict[str, _T], key: str, value: _T) -> None:
+    with _lock:
+        known[key] = value
+        while len(known) > _REMEMBERED:
+            del known[next(iter(known))]
 
 
 def _check(body: bytes | memoryview, where: str) -> Manifest:
     """Return the manifest in a body: JSON, version, types and meaning checked, in this order."""
-    rest, tensors = _split(bytes(body)) or (body, None)
+    rest, table, tensors = _split(bytes(body)) or (body, "", None)
     plain = strict_loads(rest, where=where, max_bytes=_MAX_BODY)
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ManifestError(f"{where}: $.format is not {FORMAT!r}; this is no manifest of a checkpoint")
@@ -262,14 +269,19 @@ def _check(body: bytes | memoryview, where: str) -> Manifest:
         manifest = msgspec.convert(plain, type=Manifest, strict=True)
     except msgspec.ValidationError as cause:
         raise ManifestError(f"{where}: {cause}; the manifest is damaged or hostile") from cause
-    if tensors is not None:
-        manifest = msgspec.structs.replace(manifest, tensors=tensors)
-    check_manifest(manifest, where)
+    if tensors is None:
+        check_manifest(manifest, where)
+        return manifest
+    manifest = msgspec.structs.replace(manifest, tensors=tensors)
+    with _lock:
+        known = _tables.get(table)
+    check_manifest(manifest, where, tensors=known is None or known[0] != manifest.meshes)
+    _remember(_tables, table, (manifest.meshes, tensors))
     return manifest
 
 
-def _split(body: bytes) -> tuple[bytes, dict[str, TensorEntry]] | None:
-    """Return a body without its tensors, and those, or None where it is not certain that no key of theirs stands twice.
+def _split(body: bytes) -> tuple[bytes, str, dict[str, TensorEntry]] | None:
+    """Return a body without its tensors, their digest, and they; None where a key of theirs may stand twice.
 
     They are nearly all of a manifest, and going straight into their types is a tenth of the work of ``strict_loads``.
     """
@@ -277,12 +289,18 @@ def _split(body: bytes) -> tuple[bytes, dict[str, TensorEntry]] | None:
         return None
     try:
         table = bytes(msgspec.json.decode(body, type=_Raw).tensors)
+        whole, name = b'"tensors":' + table, digest(table)
+        if body.count(whole) != 1:
+            return None
+        with _lock:
+            known = _tables.get(name)
+        if known is not None:
+            return body.replace(whole, _NO_TABLE), name, known[1]
         tensors = msgspec.json.decode(table, type=dict[str, TensorEntry])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    whole = b'"tensors":' + table
     keys = len(tensors) * (1 + len(TensorEntry.__struct_fields__))
     # With "boxes", which may be left out, in each of them and first, no other key can be missing for one that stands twice.
-    if body.count(whole) != 1 or table.count(b':{"boxes":') != len(tensors) or not has_keys_once(table, keys):
+    if table.count(b':{"boxes":') != len(tensors) or not has_keys_once(table, keys):
         return None
-    return body.replace(whole, _NO_TABLE), tensors
+    return body.replace(whole, _NO_TABLE), name, tensors

@@ -34,13 +34,16 @@ MAX_OBJECTS: Final = 1_000_000
 _MAX_TEXT: Final = 256
 
 
-def check_manifest(manifest: Manifest, where: str) -> None:
-    """Raise ``ManifestError`` naming the file (``where``) and the field for what can't be true."""
+def check_manifest(manifest: Manifest, where: str, *, tensors: bool = True) -> None:
+    """Raise ``ManifestError`` naming the file (``where``) and the field for what can't be true.
+
+    Without ``tensors`` their entries are not looked at: they were found right before, for the same meshes.
+    """
     problem = (
         _scalar_problem(manifest)
         or _count_problem(manifest)
         or _mesh_problem(manifest.meshes, manifest.world_size)
-        or _tensor_problem(manifest)
+        or (_tensor_problem(manifest) if tensors else None)
         or _alias_problem(manifest)
         or _object_problem(manifest)
         or _reference_problem(manifest)

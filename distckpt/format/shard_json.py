@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _NO_DIGEST = "0" * 32
+_MARK = "\0"
 
 
 class _Entry(msgspec.Struct, gc=False):
@@ -57,7 +59,7 @@ def header_length(plan: ShardPlan) -> int:
     known: int | None = plan.placed.constant.get(key)
     if known is None:
         known = plan.placed.constant[key] = _draft_length(replace(plan, save_id="", objects=b"0")) - 1
-    return known + _escaped(msgspec.json.encode(plan.save_id)[1:-1]) + _escaped(plan.objects)
+    return known + len(_in_text(msgspec.json.encode(plan.save_id)[1:-1])) + len(_in_text(plan.objects))
 
 
 def _draft_length(plan: ShardPlan) -> int:
@@ -67,11 +69,6 @@ def _draft_length(plan: ShardPlan) -> int:
 def _is_whole(plan: ShardPlan) -> bool:
     """Whether all of its pieces are written."""
     return plan.order is plan.placed.order
-
-
-def _escaped(text: bytes) -> int:
-    """Return how many bytes a text takes within a JSON string."""
-    return len(msgspec.json.encode(text.decode())) - 2
 
 
 def _lists(plan: ShardPlan) -> tuple[bytes, str]:
@@ -103,34 +100,66 @@ def _lists(plan: ShardPlan) -> tuple[bytes, str]:
 def header_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
     """Return the JSON without padding; ``__metadata__`` first, then the tensors in file order."""
     entries, sharding = _lists(plan)
-    tensors: dict[str, _Tensor] = {}
-    for i in plan.order:
-        piece = plan.pieces[i]
-        box = piece.box
-        tensors[plan.keys[i]] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, piece.dtype, digests[i])
     reused = _reused_json(plan, digests)
-    ours = {
+    before = {
         "version": REUSING if reused else VERSION,
         "rank": plan.rank,
         "world_size": plan.world_size,
         "save_id": plan.save_id,
         "block": plan.block,
-        "tensors": tensors,
-        "objects": msgspec.Raw(plan.objects),
-        "reused": reused,
     }
+    after: dict[str, object] = {"objects": msgspec.Raw(plan.objects), "reused": reused}
     if reused:
-        ours["files"] = [[file.path, file.size, file.header] for file in plan.files]
+        after["files"] = [[file.path, file.size, file.header] for file in plan.files]
     if plan.packed is not None:
-        ours["packed"] = plan.packed[0]
-    metadata = {
-        "format": "pt",
-        "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": sharding,
-        "distckpt": msgspec.json.encode(ours).decode(),
-    }
-    head = msgspec.json.encode({"__metadata__": metadata})
-    return head if entries == b"{}" else b"".join((head[:-1], b",", entries[1:]))
+        after["packed"] = plan.packed[0]
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": sharding, "distckpt": ""}
+    head = (
+        msgspec.json.encode({"__metadata__": metadata})[: -len('"}}')],
+        _in_text(msgspec.json.encode(before)[:-1] + b',"tensors":'),
+        _tensors(plan, digests),
+        _in_text(b"," + msgspec.json.encode(after)[1:]),
+        b'"}',
+    )
+    return b"".join((*head, b"}" if entries == b"{}" else b"," + entries[1:]))
+
+
+def _tensors(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
+    """Return the JSON of all tensors that are whole in the file, within a text.
+
+    Digests apart it is the same in every save of the same pieces, so it is kept as what stands between them.
+    """
+    constant = plan.placed.constant if _is_whole(plan) else {}
+    if _tensors not in constant:
+        constant[_tensors] = _between_digests(plan)
+    between: list[str] | None = constant[_tensors]
+    if between is None:
+        return _tensors_json(plan, digests)
+    text = [""] * (2 * len(between) - 1)
+    text[::2], text[1::2] = between, list(itertools.chain.from_iterable(digests[i] for i in plan.order))
+    return "".join(text).encode()
+
+
+def _between_digests(plan: ShardPlan) -> list[str] | None:
+    """Return the pieces of ``_tensors_json`` before, between and after the digests; None if a name looks like a mark."""
+    counts = [block_count(size, plan.block) for size in plan.nbytes]
+    marked = _tensors_json(plan, [[_MARK] * count for count in counts])
+    between = marked.decode().split(_in_text(msgspec.json.encode(_MARK)[1:-1]).decode())
+    return between if len(between) == 1 + sum(counts[i] for i in plan.order) else None
+
+
+def _tensors_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
+    tensors: dict[str, _Tensor] = {}
+    for i in plan.order:
+        piece = plan.pieces[i]
+        box = piece.box
+        tensors[plan.keys[i]] = _Tensor(piece.fqn, piece.global_shape, box.offsets, box.sizes, piece.dtype, digests[i])
+    return _in_text(msgspec.json.encode(tensors))
+
+
+def _in_text(text: bytes) -> bytes:
+    """Return what stands in a JSON string for this text, without the quotes."""
+    return msgspec.json.encode(text.decode())[1:-1]
 
 
 def _reused_json(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> list[_Reused]:

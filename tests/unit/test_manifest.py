@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distckpt.errors import ManifestError, UnserializableState, UnsupportedVersion
 from distckpt.format import manifest as manifest_module
+from distckpt.format import manifest_checks
 from distckpt.format.digest import digest
 from distckpt.format.manifest import (
     Manifest,
@@ -119,7 +120,7 @@ def test_tensors_are_written_as_the_rest_of_the_body_is(shapes: dict[str, list[i
 def test_tensors_that_are_read_at_once_are_those_that_are_read_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_manifest(manifest())
     body = data[data.index(b'"body":') + 7 : -2]
-    rest, tensors = manifest_module._split(body)
+    rest, _, tensors = manifest_module._split(body)
     assert tensors == manifest().tensors
     assert b"float64" not in rest
     monkeypatch.setattr(manifest_module, "_split", lambda body: None)
@@ -147,6 +148,29 @@ def test_what_may_hide_a_key_twice_is_not_read_at_once(spoil: tuple[bytes, bytes
     assert spoil[0] in body
     assert manifest_module._split(body) is not None
     assert manifest_module._split(body.replace(*spoil)) is None
+
+
+def test_tensors_of_a_run_are_checked_once_for_the_same_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    real = manifest_checks._tensor_problem
+
+    def counting(found: Manifest) -> str | None:
+        checked.append(found.step)
+        return real(found)
+
+    monkeypatch.setattr(manifest_checks, "_tensor_problem", counting)
+    manifest_module._parsed.clear()
+    manifest_module._tables.clear()
+    for step in (1, 2, 3):
+        data = encode_manifest(manifest(step=step))
+        assert decode_manifest(data, where="here").tensors == manifest().tensors
+    assert checked == [1]
+    meshes = manifest().meshes
+    wrong = [msgspec.structs.replace(mesh, shape=[*mesh.shape, 1]) for mesh in meshes]
+    with pytest.raises(ManifestError, match="placements"):  # the same tensors mean nothing on other meshes
+        encode_manifest(manifest(step=4, meshes=wrong))
+    encode_manifest(manifest(step=5))
+    assert checked == [1, 4]
 
 
 def test_one_shard_may_hold_a_whole_world() -> None:

@@ -145,6 +145,19 @@ def test_pieces_that_are_placed_once_get_the_header_that_they_get_anew(
         assert header_length(kept) == exact
 
 
+@pytest.mark.parametrize("name", ["a", "\u00e9\U0001f600", "\\u0000", "\\\\u0000", "w.\\\\\\\\u0000.b", '"\\'])
+def test_every_digest_stands_with_its_block(name: str) -> None:
+    pieces = [whole(name, "uint8", 2 * BLOCK + 1), whole("b", "float32", BLOCK), whole("c", "uint8", 0)]
+    plan = plan_of(place(pieces))
+    for save in range(2):  # the second uses what the first has made
+        counts = [block_count(nbytes, BLOCK) for nbytes in plan.nbytes]
+        found = [[f"{save}{piece}{block}".zfill(32) for block in range(count)] for piece, count in enumerate(counts)]
+        ours = json.loads(json.loads(header_json(plan, found))["__metadata__"]["distckpt"])
+        assert {n: entry["digests"] for n, entry in ours["tensors"].items()} == {
+            piece.fqn: own for piece, own in zip(pieces, found, strict=True)
+        }
+
+
 def test_an_object_changed_after_planning_does_not_reach_the_header() -> None:
     objects = {"rng": [1, 2]}
     plan = plan_of([], objects=objects)
