@@ -76,7 +76,7 @@ def run(settings: Settings, folder: Path, out: Path) -> report.Results:
             started = time.monotonic()
             print(f"== {job.name}: {job.title}", file=sys.stderr, flush=True)
             row = {"kind": "job", "job": job.name}
-            if job.alone or settings.full:  # at full size what peers keep adds up to more than the memory
+            if settings.full:  # at full size what peers keep adds up to more than the memory
                 bench.close()
             try:
                 job.run(bench)

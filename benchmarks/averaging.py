@@ -66,7 +66,7 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
 
 
 def jobs() -> list[Job]:
-    return [Job("averaging", "the mean of 2, 8 and 32 checkpoints", averages, alone=True)]
+    return [Job("averaging", "the mean of 2, 8 and 32 checkpoints", averages)]
 
 
 def measures() -> list[Measure]:

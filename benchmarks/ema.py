@@ -271,8 +271,8 @@ def _manager(root: Path, model: nn.Module, stateful: dict[str, Any]) -> Checkpoi
 
 def jobs() -> list[Job]:
     return [
-        Job("ema", "one EMA update, in place", updates, alone=True),
-        Job("ema-save", "stall of saving an EMA with its model", saving, alone=True),
+        Job("ema", "one EMA update, in place", updates),
+        Job("ema-save", "stall of saving an EMA with its model", saving),
     ]
 
 

@@ -40,16 +40,12 @@ FEW = ("distckpt", "dcp-threads")
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of the suite. ``full`` ones run only with ``--full`` or when they are asked for by name.
-
-    ``alone``: it uses none of the suite's ranks, so they end first, with the gigabytes that they hold.
-    """
+    """One entry of the suite. ``full`` ones run only with ``--full`` or when they are asked for by name."""
 
     name: str
     title: str
     run: Callable[[Bench], None]
     full: bool = False
-    alone: bool = False
 
 
 # ---------------------------------------------------------------------- one state, saved and loaded
@@ -319,7 +315,7 @@ def all_jobs() -> list[Job]:
         Job("lora", "incremental saves of a frozen model", incremental),
         Job("train", "saving in a training loop", training),
         Job("resume", "first save after a resume", resumed, full=True),
-        Job("zero", "DeepSpeed's own checkpoints, ZeRO-2 and 3", zero, full=True, alone=True),
+        Job("zero", "DeepSpeed's own checkpoints, ZeRO-2 and 3", zero, full=True),
     ]
     jobs += [
         Job(

@@ -25,7 +25,7 @@ def disk_write(folder: Path, nbytes: int, *, threads: int = 8, request: int = RE
     path = folder / f"raw-{os.getpid()}"
     flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT
     fd = _open_direct(path, flags)
-    buffer = _random_pages(request)
+    buffer = probes.random_pages(request)
     count = max(1, nbytes // request)
     try:
         started = time.perf_counter()
@@ -45,7 +45,7 @@ def write_file(path: Path, nbytes: int) -> None:
     """Write a file of random bytes for reading probes; durable, and not in the page cache afterwards."""
     with path.open("wb") as file:
         for _ in range(max(1, nbytes // REQUEST)):
-            file.write(_random_pages(REQUEST))
+            file.write(probes.random_pages(REQUEST))
         os.fsync(file.fileno())
     drop_caches([path])
 
@@ -149,12 +149,6 @@ def _open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o644)
     except OSError:
         return os.open(path, flags & ~os.O_DIRECT, 0o644)  # the file system refuses: buffered + fsync is its limit
-
-
-def _random_pages(nbytes: int) -> memoryview:
-    pages = anonymous(nbytes)
-    pages[:] = os.urandom(1 << 20) * (nbytes >> 20)
-    return pages
 
 
 def _sync_folder(folder: Path) -> None:

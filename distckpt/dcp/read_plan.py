@@ -26,7 +26,7 @@ from distckpt.format.shard_index import ShardIndex
 SPAN = 4 << 20
 """Bytes from a request's first to its last, unless one block is longer.
 
-Six direct reads of 4 MiB at a time were a few percent faster than of 2 MiB on the devices tried, and cost less of the
+Four to six direct reads of 4 MiB at a time were a few percent faster than of 2 MiB on the devices tried, and cost less of the
 processor; of 8 MiB what was read is no more in its cache when it is hashed and copied on.
 """
 WHOLE, PART, CUT = range(3)

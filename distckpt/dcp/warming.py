@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Sequence
 from contextlib import closing
-from types import TracebackType
 from typing import Final
 
 from distckpt.dcp.read_plan import Request
@@ -72,7 +71,7 @@ class Warming:
     def __enter__(self) -> Warming:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
         if self._thread.ident is not None:
             self._thread.join(_END_S)

@@ -59,7 +59,12 @@ class StepBound(Protocol):
 
 def has_groups(engine: Engine) -> bool:
     """Whether the job has an optimizer. Its state is collected to know, but where there can be none."""
-    return getattr(engine, "optimizers", None) != () and OPTIM_GROUPS in engine.state(optimizer=True).objects
+    return not has_no_optimizer(engine) and OPTIM_GROUPS in engine.state(optimizer=True).objects
+
+
+def has_no_optimizer(engine: Engine) -> bool:
+    """Whether it is certain without a look at the state that the job has none."""
+    return getattr(engine, "optimizers", None) == ()
 
 
 def clean_fqn(name: str, *, unwrap: bool = True) -> str:

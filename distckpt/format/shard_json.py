@@ -130,9 +130,10 @@ def _tensors(plan: ShardPlan, digests: Sequence[Sequence[str]]) -> bytes:
     Digests apart it is the same in every save of the same pieces, so it is kept as what stands between them.
     """
     constant = plan.placed.constant if _is_whole(plan) else {}
-    if _tensors not in constant:
-        constant[_tensors] = _between_digests(plan)
-    between: list[str] | None = constant[_tensors]
+    key = (_tensors, plan.block)
+    if key not in constant:
+        constant[key] = _between_digests(plan)
+    between: list[str] | None = constant[key]
     if between is None:
         return _tensors_json(plan, digests)
     text = [""] * (2 * len(between) - 1)

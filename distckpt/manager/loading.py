@@ -13,7 +13,7 @@ from distckpt.config import CheckpointConfig
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.reader import CheckpointReader
 from distckpt.dcp.warming import Warming, files_of
-from distckpt.engines.base import OPTIM_GROUPS, Engine
+from distckpt.engines.base import OPTIM_GROUPS, Engine, has_no_optimizer
 from distckpt.engines.step_hook import pass_fences
 from distckpt.errors import (
     AgreementError,
@@ -156,11 +156,10 @@ class Loader:
     def _warming(self, store: Store, committed: Committed, manifest: Manifest, options: LoadOptions) -> Warming:
         """Begin to fetch what this rank will want, if it wants everything."""
         agreement = self.agreement
-        without = getattr(self.engine, "optimizers", None) == () and OPTIM_GROUPS in manifest.objects
-        known = options.everything and not without
-        return Warming(
-            store, files_of(manifest, committed.folder, agreement.rank, agreement.world_size) if known else []
-        )
+        without = has_no_optimizer(self.engine) and OPTIM_GROUPS in manifest.objects
+        if without or not options.everything:
+            return Warming(store, [])
+        return Warming(store, files_of(manifest, committed.folder, agreement.rank, agreement.world_size))
 
     def _ask(self, key: str, answer: Callable[[], bytes]) -> bytes:
         """Return the leader's answer on every rank; its errors are raised on all in their own kind."""

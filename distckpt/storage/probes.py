@@ -68,7 +68,7 @@ def raw_write(store: Store, name: str, nbytes: int, point: Point) -> float:
     """
     store = tuned(store, point)
     spans = _spans(nbytes, point.request)
-    data = _random_pages(min(point.request, nbytes))
+    data = random_pages(min(point.request, nbytes))
     threads = point.threads if store.capabilities.random_write else 1
     with ThreadPoolExecutor(threads, thread_name_prefix="distckpt-probe") as pool:
         list(pool.map(lambda _: None, range(threads)))  # threads are started before the clock
@@ -152,7 +152,8 @@ def _each(pool: ThreadPoolExecutor, work: Callable[[_T], object], items: Iterabl
         raise
 
 
-def _random_pages(nbytes: int) -> memoryview:
+def random_pages(nbytes: int) -> memoryview:
+    """Return that much aligned memory, in huge pages where there are any, of bytes that repeat after 1 MiB."""
     view = anonymous(nbytes)
     block = os.urandom(min(nbytes, 1 << 20))
     for at in range(0, nbytes, len(block)):

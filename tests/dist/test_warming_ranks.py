@@ -30,15 +30,14 @@ def net(seed: int) -> nn.Linear:
     return nn.Linear(1024, SIZE // 1024)
 
 
-def one(root: Path, *, steps: int = 1) -> nn.Linear:
+def one(root: Path) -> nn.Linear:
     """Save a model and its optimizer on one process."""
     model = net(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 1024)).sum().backward()
     optimizer.step()
     with manager(root, model, optimizer) as m:
-        for step in range(1, steps + 1):
-            m.save(step=step)
+        m.save(step=1)
     evict(shards(root))
     return model
 

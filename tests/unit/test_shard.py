@@ -158,6 +158,14 @@ def test_every_digest_stands_with_its_block(name: str) -> None:
         }
 
 
+def test_pieces_that_are_placed_once_may_be_saved_with_other_blocks() -> None:
+    placed = place([whole("a", "uint8", 3 * BLOCK), whole("b", "float32", BLOCK)])
+    for block in (BLOCK, 2 * BLOCK, BLOCK):
+        plan = plan_of(placed, block=block)
+        found = [["5" * 32] * block_count(nbytes, block) for nbytes in plan.nbytes]
+        assert render_header(plan, found) == render_header(plan_of(placed.pieces, block=block), found)
+
+
 def test_an_object_changed_after_planning_does_not_reach_the_header() -> None:
     objects = {"rng": [1, 2]}
     plan = plan_of([], objects=objects)
