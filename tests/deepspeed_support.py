@@ -29,6 +29,9 @@ for _name in (
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.comm.mori",
+    "distckpt.engines.deepspeed",
 ):
     importlib.import_module(_name)
 

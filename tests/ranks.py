@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import pickle
 import selectors
@@ -27,6 +28,7 @@ from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
+import torch._dynamo  # the first optimizer of a process imports it, for a second: once here, not in every rank
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -158,6 +160,7 @@ def _fork(work: _Work, fn: Callable[..., Any], args: tuple[Any, ...], go: int, o
         os.close(write_end)
         return _Child(work.rank, pid, read_end, log)
     try:
+        gc.freeze()  # what the parent made is not walked again in every rank: its pages stay shared
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
