@@ -12,15 +12,16 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.average import greatest_error, mean_of, run_one, write_checkpoints
 from benchmarks.jobs import Job
-from benchmarks.limits import disk_read, disk_write
+from benchmarks.limits import disk_read, disk_write, verified_read, verified_write
 from benchmarks.measures import Measure, Test
 from benchmarks.peers import OURS
 from benchmarks.report import Results
-from benchmarks.run import Bench, Row, folder_for, palindrome
+from benchmarks.run import VERIFIED, Bench, Row, folder_for, palindrome, together
 
 PART = "average"
 PEERS = {OURS: "ours", "eager loop": "eager", "per tensor, as mergekit": "per-tensor"}
@@ -49,6 +50,14 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
         writing = written / disk_write(root, written, threads=writers.threads, request=writers.request)
         return {"average": (read + written) / (reading + writing)}
 
+    def verified() -> dict[str, float]:
+        nowhere, source = np.empty(0, np.uint8), np.ones(max(written, writers.request), np.uint8)
+        reading = read / verified_read(shards, nowhere, threads=readers.threads, request=readers.request)
+        writing = written / verified_write(root, source, written, threads=writers.threads, request=writers.request)
+        return {VERIFIED: (read + written) / (reading + writing)}
+
+    both = together(probe, verified)
+
     def turn(peer: str) -> Row:
         found = run_one(PEERS[peer], root / "out", shards, small)
         error = greatest_error(PEERS[peer], root / "out", wanted)
@@ -62,7 +71,7 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
     for number in range(1, 1 + bench.settings.rounds):
         for peer in palindrome(peers):
             about = {"workload": f"K={count}", "world": 1, "part": PART, "peer": peer, "round": number}
-            bench.measure(about, partial(turn, peer), probe, shared=True)
+            bench.measure(about, partial(turn, peer), both if peer == OURS else probe, shared=True)
 
 
 def jobs() -> list[Job]:
@@ -83,6 +92,8 @@ def judge_speed(results: Results) -> list[Test]:
         value = None if s.wrong else s.fraction()
         why = s.error or s.wrong or "not measured in this run"
         out.append(Test(f"K={count} of limit", value, 0.8, 0.95, why=why, void=s.only_void))
+        hashed = None if s.wrong else s.fraction(VERIFIED)
+        out.append(Test("with every byte hashed", hashed, None, None, why=why, void=s.only_void))
     return out
 
 

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from benchmarks import tasks
 from benchmarks.limits import drop_caches
+from benchmarks.peers import OURS
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
 from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle, together
@@ -106,9 +107,11 @@ class Pass:
     def saves(self, peers: Sequence[str]) -> None:
         """Save durably; a peer's first save in these processes is a part of its own."""
         peers = self.bench.usable(peers, self.writer())
-        probe = self.bench.write_limit(self.nbytes)
+        raw = self.bench.write_limit(self.nbytes)
+        both = together(raw, self.bench.verified_write_limit(self.nbytes))
         for number, peer in self.turns("save", peers, self.writer):
             about = self.about("save" if number else "first save", peer, number)
+            probe = both if peer == OURS else raw
             with self.bench.once() if number == 0 else nullcontext():  # the second would not be the first
                 row = self.bench.measure(about, partial(self._save, peer), probe, shared=True, failed=self.failed)
             if row is None:
@@ -135,8 +138,10 @@ class Pass:
                 self.bench.measure(self.about("first load", peer, 0), partial(self._load, peer, files), dict,
                                    failed=self.failed)  # fmt: skip
                 continue
-            cold = partial(self._load, peer, files)
-            self.bench.measure(self.about(part, peer, number), cold, self.bench.read_limit(files), failed=self.failed)
+            cold, probe = partial(self._load, peer, files), self.bench.read_limit(files)
+            if peer == OURS:
+                probe = together(probe, self.bench.verified_read_limit(files))
+            self.bench.measure(self.about(part, peer, number), cold, probe, failed=self.failed)
             if warm and peer not in self.failed:
                 copy, cached = self.bench.copy_limit(self.reader(), self.nbytes), self.bench.cached_limit(files)
                 hot = partial(self._load, peer, files, warm=True)

@@ -13,7 +13,7 @@ import numpy as np
 from distckpt.dcp.parallel import processors
 from distckpt.format.digest import block_digests
 from distckpt.storage import probes
-from distckpt.storage.direct import REQUEST, anonymous
+from distckpt.storage.direct import REQUEST, anonymous, copy_memory
 from distckpt.storage.probes import Point
 
 QUICK_POINTS = tuple(Point(threads, request << 20) for threads in (4, 12) for request in (4, 8))
@@ -61,9 +61,7 @@ def disk_read(paths: list[Path], *, threads: int = 8, request: int = REQUEST) ->
         fd = _open_direct(path, os.O_RDONLY | os.O_DIRECT)
         fds.append(fd)
         jobs += [(fd, at) for at in range(0, path.stat().st_size, request)]
-    buffers = [anonymous(request) for _ in range(threads)]
-    for buffer in buffers:
-        buffer[:: mmap.PAGESIZE] = bytes(-(-request // mmap.PAGESIZE))  # touched outside the clock
+    buffers = _touched_buffers(threads, request)
 
     def read(job: tuple[int, int, int]) -> int:
         index, fd, at = job
@@ -109,6 +107,72 @@ def cached_read(paths: list[Path], memory: np.ndarray, *, request: int) -> float
     return total / seconds
 
 
+def verified_write(folder: Path, source: np.ndarray, nbytes: int, *, threads: int, request: int) -> float:
+    """Return bytes a second of ``disk_write`` where every byte is hashed and copied to its aligned buffer first.
+
+    ``source`` (uint8, touched before, at least ``nbytes`` and one request) lies in one piece, and each thread keeps its buffer:
+    what a save of ordinary memory with checksums can reach. Busy processors slow some disks down, virtual ones above all.
+    """
+    path = folder / f"raw-{os.getpid()}"
+    fd = _open_direct(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT)
+    room, buffers = memoryview(source), _touched_buffers(threads, request)
+    size = max(1, nbytes // request) * request
+    starts = iter(range(0, size, request))
+
+    def write(buffer: memoryview) -> int:
+        total = 0
+        for at in starts:
+            view = room[at : at + request]
+            block_digests(view)
+            copy_memory(buffer, view)
+            total += os.pwrite(fd, buffer, at)
+        return total
+
+    try:
+        started = time.perf_counter()
+        os.posix_fallocate(fd, 0, size)
+        with ThreadPoolExecutor(threads) as pool:
+            total = sum(pool.map(write, buffers))
+        os.fsync(fd)
+        _sync_folder(folder)
+        seconds = time.perf_counter() - started
+    finally:
+        os.close(fd)
+        path.unlink()
+    return total / seconds
+
+
+def verified_read(paths: list[Path], memory: np.ndarray, *, threads: int, request: int) -> float:
+    """Return bytes a second of ``disk_read`` where every byte is hashed and copied into ``memory`` afterwards.
+
+    ``memory`` is like that of ``cached_read``: what a cold load with checksums can reach, tensors being where no direct
+    read can put them. Empty: bytes are hashed where they were read, as for an average.
+    """
+    fds = [_open_direct(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
+    sizes = [(fd, path.stat().st_size) for fd, path in zip(fds, paths, strict=True)]
+    jobs = iter(list(enumerate((fd, at) for fd, size in sizes for at in range(0, size, request))))
+    room = memoryview(memory) if memory.size else None
+
+    def read(buffer: memoryview) -> int:
+        total = 0
+        for number, (fd, at) in jobs:
+            got = os.preadv(fd, [buffer], at)
+            block_digests(buffer[:got])
+            if room is not None:
+                copy_memory(room[number * request : number * request + got], buffer[:got])
+            total += got
+        return total
+
+    buffers = _touched_buffers(threads, request)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, buffers))
+    seconds = time.perf_counter() - started
+    for fd in fds:
+        os.close(fd)
+    return total / seconds
+
+
 def memory_copy(nbytes: int) -> float:
     """Return bytes a second of copying between two buffers that were touched before."""
     source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
@@ -142,6 +206,14 @@ def drop_caches(paths: list[Path]) -> int:
     """Evict these files from the page cache, durable or not; return how many of their pages are still resident."""
     os.sync()
     return probes.evict(paths)
+
+
+def _touched_buffers(count: int, nbytes: int) -> list[memoryview]:
+    """Return aligned buffers of huge pages whose first touch is over."""
+    buffers = [anonymous(nbytes) for _ in range(count)]
+    for buffer in buffers:
+        buffer[:: mmap.PAGESIZE] = bytes(-(-nbytes // mmap.PAGESIZE))
+    return buffers
 
 
 def _open_direct(path: Path, flags: int) -> int:

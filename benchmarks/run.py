@@ -30,6 +30,8 @@ from distckpt.storage.probes import Point, best_point, differ, warm_caches
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
+VERIFIED = "verified"
+"""The raw limit with every byte hashed and copied. A turn is not void for what the processors do to it."""
 
 
 def palindrome(peers: Sequence[str]) -> list[str]:
@@ -64,7 +66,7 @@ class Turns:
                 return
             after = probe()
             self._last = (probe, self.clock(), after)
-            void = differ(before, after)
+            void = differ(*({kind: rate for kind, rate in p.items() if kind != VERIFIED} for p in (before, after)))
             mean = {kind: (before[kind] + after[kind]) / 2 for kind in before}
             yield {
                 **row, "attempt": attempt, "void": void, "limit": mean, "probes": [before, after], **foreign,
@@ -244,15 +246,36 @@ class Bench:
     def cached_limit(self, files: Sequence[Path]) -> Probe:
         """Return a probe of reading these files from the page cache and hashing them; of one process, of all processors."""
         large = [path for path in files if path.stat().st_size]
-        room = sum(path.stat().st_size + SPAN for path in large)
-        if self._touched.size < room:
-            self._touched = np.ones(room, np.uint8)
+        room = self._room(sum(path.stat().st_size + SPAN for path in large))
 
         def probe() -> dict[str, float]:
             warm_caches(large)
-            return {"cached": limits.cached_read(large, self._touched, request=SPAN)}
+            return {"cached": limits.cached_read(large, room, request=SPAN)}
 
         return probe
+
+    def verified_write_limit(self, nbytes: int) -> Probe:
+        """Return a probe of hashing, copying and writing as many bytes; of one process."""
+        point, room = self.write_point, self._room(max(nbytes, self.write_point.request))
+        return lambda: {
+            VERIFIED: limits.verified_write(self.folder, room, nbytes, threads=point.threads, request=point.request)
+        }
+
+    def verified_read_limit(self, files: Sequence[Path]) -> Probe:
+        """Return a probe of reading these files directly, hashing and copying what they hold; of one process."""
+        point, large = self.read_point, [path for path in files if path.stat().st_size]
+        room = self._room(sum(path.stat().st_size + point.request for path in large))
+
+        def probe() -> dict[str, float]:
+            return {VERIFIED: limits.verified_read(large, room, threads=point.threads, request=point.request)}
+
+        return probe
+
+    def _room(self, nbytes: int) -> np.ndarray:
+        """Return at least so much memory whose first touch is over; always the same."""
+        if self._touched.size < nbytes:
+            self._touched = np.ones(nbytes, np.uint8)
+        return self._touched
 
     def copy_limit(self, pool: Pool, nbytes: int) -> Probe:
         """Return a probe of copying the live state, by all ranks at once."""

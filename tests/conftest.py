@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models and tokenizers of tests are made he
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 _TESTS = Path(__file__).resolve().parent
+_LONGEST = ("faults", "dist")
+"""Folders with files that take half a minute and more."""
 for _folder in (str(_TESTS.parent), str(_TESTS)):
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where torch sees no CUDA device."""
+    """Put the longest tests first, so that none is left at the end, and skip those marked ``gpu`` without a CUDA device."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.parent.name) if item.path.parent.name in _LONGEST else len(_LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -22,8 +22,7 @@ echo "== mypy, beside the first tests"
 "$PYTHON" -m mypy &
 MYPY=$!
 echo "== pytest"
-# What waits for processes, disks and deadlines runs two at a time, a file's tests together; ranks need the cores to themselves.
-"$PYTHON" -m pytest --durations=10 --numprocesses 2 --dist loadfile --ignore tests/dist || failed=$?
+# Two at a time: most of it waits for processes, disks and deadlines. A file's tests stay together, in the order of conftest.py.
+"$PYTHON" -m pytest --durations=10 --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=$?
 wait "$MYPY" || failed=$?
-"$PYTHON" -m pytest --durations=10 tests/dist || failed=$?
 exit "${failed:-0}"

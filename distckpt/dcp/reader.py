@@ -2,8 +2,8 @@
 
 A wanted box is intersected with the saved boxes of the shards that can hold it (read_plan.py). A request whose bytes all
 go to memory as they are is first tried from the page cache, straight into the tensors: one copy. Any other is read into
-a reused buffer, past the page cache where that pays, and each block is hashed and copied on while the processor's cache
-holds it. Nothing is gathered; ranks that want the same bytes may read them for each other (share.py).
+a reused buffer, past the page cache where that pays, and each run of blocks is hashed and copied on while the processor's
+cache holds it. Nothing is gathered; ranks that want the same bytes may read them for each other (share.py).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ Progress = Callable[[int], None] | None
 READ_THREADS = 6
 """Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start.
 
-Fewer where ranks share few processors: two for each processor of a rank, but two in any case. Where requests wait for a
-far service and not for a device, as many as the caller allows."""
+Fewer where ranks share few processors: three for each processor of a rank, of which two at least wait for the device while
+one is hashed and copied, but two in any case. Where requests wait for a far service and not for a device, as many as the
+caller allows."""
 HELD = 256 << 10
 """Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
 MAX_OPEN = 64
@@ -137,7 +138,7 @@ class CheckpointReader:
     def _depth(self, threads: int) -> int:
         if self.store.capabilities.latency:
             return threads
-        return min(threads, READ_THREADS, max(2, 2 * processors() // local_ranks()))
+        return min(threads, READ_THREADS, max(2, 3 * processors() // local_ranks()))
 
     def _run(self, file: Reader, request: Request, compare: bool) -> None:
         nbytes = request.stop - request.start
@@ -211,14 +212,13 @@ class CheckpointReader:
         first = address(buffer) - share.span(request)[0]  # where the file's first byte would lie
         for run, data in _data(request, buffer):
             source = first + run.start - run.first * run.block
-            for number in range(run.first, run.last):
-                if not verified:
-                    self._verify(request, run, number, data)
-                if not compare:
-                    _hand_out(run, number, source)
+            if not verified:
+                self._verify_run(request, run, data)
             for use in run.uses:
                 if compare or not use.address:
                     self._scatter(run, use, data, compare)
+                else:
+                    _hand_out(run, use, source)
 
     def _verify(self, request: Request, run: Run, number: int, data: memoryview) -> None:
         """Compare one block of a run, whose bytes ``data`` holds, with its digest."""
@@ -285,14 +285,12 @@ def _data(request: Request, buffer: memoryview) -> Iterator[tuple[Run, memoryvie
         yield run, buffer[run.start - start : run.start - start + run.nbytes]
 
 
-def _hand_out(run: Run, number: int, source: int) -> None:
-    """Copy what goes to memory as it is of one block; byte 0 of the stored box would lie at ``source``."""
-    low = number * run.block
-    high = min(low + run.block, run.first * run.block + run.nbytes)
-    for use in run.uses:
-        begin, end = max(use.begin, low), min(use.end, high)
-        if use.address and begin < end:
-            move(use.target_of(begin), source + begin, end - begin, held=HELD)
+def _hand_out(run: Run, use: Use, source: int) -> None:
+    """Copy what goes to memory as it is; byte 0 of the stored box would lie at ``source``."""
+    low = run.first * run.block
+    begin, end = max(use.begin, low), min(use.end, low + run.nbytes)
+    if begin < end:
+        move(use.target_of(begin), source + begin, end - begin, held=HELD)
 
 
 def _same_bits(live: torch.Tensor, saved: torch.Tensor) -> bool:

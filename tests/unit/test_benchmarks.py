@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import __main__ as program
 from benchmarks import jobs, limits, measures, plots, report
 from benchmarks.pool import RanksFailed
-from benchmarks.run import Bench, Settings, Turns, differ, merged, palindrome
+from benchmarks.run import VERIFIED, Bench, Settings, Turns, differ, merged, palindrome
 from benchmarks.sim import suite
 from benchmarks.zero_peer import rows_of
 from distckpt.storage.probes import best_point
@@ -61,6 +61,16 @@ def test_a_void_turn_is_repeated_until_the_machine_holds_still() -> None:
     assert [(r["void"], r["attempt"], r["seconds"]) for r in rows] == [(True, 0, 1.0), (True, 1, 2.0), (False, 2, 3.0)]
     assert rows[-1]["limit"] == {"write": 100.5}
     assert rows[-1]["probes"] == [{"write": 100}, {"write": 101}]
+
+
+def test_a_turn_is_void_by_the_raw_limits_alone() -> None:
+    """What hashes and copies while it reads or writes follows the processors; the row still has both of its probes."""
+    given = iter([{"write": 100, VERIFIED: 50}, {"write": 101, VERIFIED: 90}])
+    (found,) = Turns(again=5).take(lambda: {"seconds": 1.0}, lambda: next(given))
+    assert not found["void"]
+    assert found["limit"] == {"write": 100.5, VERIFIED: 70}
+    (test,) = [t for t in measures.durable_save(report.Results([row(**found)])) if "hashed copies" in t.what and t.value]
+    assert test.value == pytest.approx(GIB / 70)
 
 
 def test_void_turns_are_repeated_a_bounded_number_of_times() -> None:

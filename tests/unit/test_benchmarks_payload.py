@@ -192,3 +192,21 @@ def test_peak_memory_sees_what_was_given_back() -> None:
     block = np.ones(64 << 20, np.uint8)
     del block
     assert peak.extra([]) > 48 << 20
+
+
+def test_the_limits_with_checksums_hash_and_copy_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    monkeypatch.setattr(limits, "block_digests", lambda view: hashed.append(len(view)))
+    wanted = np.arange(5 << 18, dtype=np.uint32).view(np.uint8)
+    assert limits.verified_write(tmp_path, wanted, wanted.size, threads=3, request=1 << 20) > 0
+    assert (sum(hashed), list(tmp_path.iterdir())) == (5 << 20, [])
+    path = tmp_path / "file"
+    path.write_bytes(wanted.tobytes()[:-4096])
+    hashed.clear()
+    found = np.zeros_like(wanted)
+    assert limits.verified_read([path], found, threads=3, request=1 << 20) > 0
+    assert sum(hashed) == wanted.size - 4096
+    assert bytes(found[:-4096]) == path.read_bytes()
+    assert not found[-4096:].any()
+    assert limits.verified_read([path], np.empty(0, np.uint8), threads=2, request=1 << 20) > 0
+    assert sum(hashed) == 2 * (wanted.size - 4096)
