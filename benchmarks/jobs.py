@@ -163,6 +163,8 @@ class Pass:
         for number, peer in self.turns("background", self.bench.usable(peers, self.writer()), self.writer):
             about = self.about("background" if number else "first background", peer, number)
             probe = self.bench.copy_limit(self.writer(), self.nbytes)
+            if peer == OURS:
+                probe = together(probe, self.bench.tensor_copy_limit(self.writer(), self.nbytes))
             work = partial(self._save, peer, tasks.background)
             with self.bench.once() if number == 0 else nullcontext():
                 self.bench.measure(about, work, probe, failed=self.failed)

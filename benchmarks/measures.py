@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.peers import OURS
 from benchmarks.report import Results, Summary
-from benchmarks.run import VERIFIED
+from benchmarks.run import TENSORS, VERIFIED
 
 MIB = 1 << 20
 
@@ -166,6 +166,9 @@ def stall(results: Results) -> list[Test]:
         ours = results.one("llama8b", "background", OURS, world)
         raw = ours.fraction()
         out.append(Test(f"x{world} ÷ memcpy", 1 / raw if raw else None, 1.2, 1.05, at_least=False, unit="×",
+                        why=_why(ours), void=ours.only_void))  # fmt: skip
+        pieces = ours.fraction(TENSORS)
+        out.append(Test(f"x{world} ÷ copy tensor by tensor", 1 / pieces if pieces else None, None, None, unit="×",
                         why=_why(ours), void=ours.only_void))  # fmt: skip
         best = results.best("llama8b", "background", results.dcp(), world, key="free_seconds")
         free, theirs = ours.median("free_seconds"), best.median("free_seconds") if best else None

@@ -30,8 +30,8 @@ from distckpt.storage.probes import Point, best_point, differ, warm_caches
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
-VERIFIED = "verified"
-"""The raw limit with every byte hashed and copied. A turn is not void for what the processors do to it."""
+VERIFIED, TENSORS = "verified", "tensors"
+"""The raw disk with every byte hashed and copied; the raw copy tensor by tensor. No turn is void for what these do."""
 
 
 def palindrome(peers: Sequence[str]) -> list[str]:
@@ -66,7 +66,7 @@ class Turns:
                 return
             after = probe()
             self._last = (probe, self.clock(), after)
-            void = differ(*({kind: rate for kind, rate in p.items() if kind != VERIFIED} for p in (before, after)))
+            void = differ(*({kind: rate for kind, rate in p.items() if kind not in (VERIFIED, TENSORS)} for p in (before, after)))
             mean = {kind: (before[kind] + after[kind]) / 2 for kind in before}
             yield {
                 **row, "attempt": attempt, "void": void, "limit": mean, "probes": [before, after], **foreign,
@@ -285,6 +285,16 @@ class Bench:
             by_threads = zip(*pool.call(tasks.copy_limit), strict=True)
             fastest = min(max(end for _, end in spans) - min(start for start, _ in spans) for spans in by_threads)
             return {"copy": nbytes / fastest}
+
+        return probe
+
+    def tensor_copy_limit(self, pool: Pool, nbytes: int) -> Probe:
+        """Return a probe of copying the live state tensor by tensor, by all ranks and their threads at once."""
+        from benchmarks import tasks
+
+        def probe() -> dict[str, float]:
+            starts, ends = zip(*pool.call(tasks.tensor_copy_limit), strict=True)
+            return {TENSORS: nbytes / (max(ends) - min(starts))}
 
         return probe
 

@@ -9,9 +9,11 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import meters
@@ -183,6 +185,29 @@ def copy_limit(worker: Worker) -> list[tuple[float, float]]:
         copy_rate(whole, scratch, threads=threads)
         spans.append((started, time.monotonic()))
     return spans
+
+
+def tensor_copy_limit(worker: Worker) -> tuple[float, float]:
+    """Copy the live state tensor by tensor to touched memory, by all threads that this rank may use; (start, end)."""
+    live, threads = state_of(worker), torch.get_num_threads()
+    pieces = iter([local.octets for local in live.locals])
+    scratch = worker.scratch.take(min(SCRATCH, max(live.nbytes, 1 << 20)))
+
+    def copy(part: int) -> None:
+        room, at = scratch[part * scratch.size // threads : (part + 1) * scratch.size // threads], 0
+        for piece in pieces:
+            for start in range(0, piece.size, room.size):
+                size = min(room.size, piece.size - start)
+                at = at if at + size <= room.size else 0
+                np.copyto(room[at : at + size], piece[start : start + size])
+                at += size
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))  # threads are started before the clock
+        worker.barrier()
+        started = time.monotonic()
+        list(pool.map(copy, range(threads)))
+        return started, time.monotonic()
 
 
 def remove(worker: Worker, folder: str) -> None:

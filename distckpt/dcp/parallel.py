@@ -54,6 +54,21 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_PIECE = 32 << 10
+"""Bytes that are hashed and copied about as fast as Python gets to the next piece."""
+
+
+def turns(nbytes: int, pieces: int) -> threading.Semaphore:
+    """Return what lets in as many threads at a time as are good for hashing and copying so many pieces.
+
+    One for each processor of a rank, and fewer for small pieces: for these a thread needs the interpreter lock more often
+    than not, and twelve that want it at once took three times as long as two (18,867 tensors of 93 KB). The other threads
+    wait here or for storage, so that requests are under way all the time.
+    """
+    most = max(1, processors() // local_ranks())
+    return threading.Semaphore(min(most, 1 + nbytes // max(1, pieces) // _PIECE))
+
+
 def asked_by_one(ask: Callable[[], str | None]) -> Callable[[], str | None]:
     """Return a check that several threads may call: one of them asks, the others meanwhile hear of nothing and go on."""
     lock = threading.Lock()

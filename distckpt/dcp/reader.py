@@ -20,7 +20,7 @@ from distckpt.boxes import flat_range_to_boxes
 from distckpt.dcp import share
 from distckpt.dcp.buffers import memory_at, move
 from distckpt.dcp.leaves import torch_dtype
-from distckpt.dcp.parallel import local_ranks, processors, run_all
+from distckpt.dcp.parallel import local_ranks, processors, run_all, turns
 from distckpt.dcp.read_plan import Request, Run, Use, Want, plan_requests
 from distckpt.errors import ShardError, StoreError
 from distckpt.format import digest as digests
@@ -34,12 +34,11 @@ from distckpt.storage.direct import ALIGNMENT, POOL, address
 __all__ = ["CheckpointReader", "ReadStats", "Want"]
 
 Progress = Callable[[int], None] | None
-READ_THREADS = 6
-"""Requests of a rank under way at a time, at most: enough for a device's full speed, and each thread costs a start.
+READ_THREADS = 12
+"""Requests of a rank under way at a time, at most: enough for a device's full speed while few of them are hashed and copied on.
 
-Fewer where ranks share few processors: three for each processor of a rank, of which two at least wait for the device while
-one is hashed and copied, but two in any case. Where requests wait for a far service and not for a device, as many as the
-caller allows."""
+Fewer where ranks share few processors: six for each processor of a rank, but four in any case. Where requests wait for a
+far service and not for a device, as many as the caller allows."""
 HELD = 256 << 10
 """Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
 MAX_OPEN = 64
@@ -96,10 +95,11 @@ class CheckpointReader:
         self, requests: Sequence[Request], *, threads: int, compare: bool = False, progress: Progress = None
     ) -> None:
         """Do what was planned, on this rank alone."""
+        turn = turns(sum(r.stop - r.start for r in requests), sum(len(r.runs) for r in requests))
         with _OpenFiles(self.store) as files:
 
             def run(request: Request) -> None:
-                self._run(self._file(files, request), request, compare)
+                self._run(self._file(files, request), request, compare, turn)
                 if progress is not None:
                     progress(request.stop - request.start)
 
@@ -138,17 +138,21 @@ class CheckpointReader:
     def _depth(self, threads: int) -> int:
         if self.store.capabilities.latency:
             return threads
-        return min(threads, READ_THREADS, max(2, 3 * processors() // local_ranks()))
+        return min(threads, READ_THREADS, max(4, 6 * processors() // local_ranks()))
 
-    def _run(self, file: Reader, request: Request, compare: bool) -> None:
+    def _run(self, file: Reader, request: Request, compare: bool, turn: threading.Semaphore) -> None:
         nbytes = request.stop - request.start
-        if not compare and request.in_place and self._read_cached(file, request):
-            self._count(nbytes, nbytes)
-            return
+        if not compare and request.in_place:
+            with turn:
+                cached = self._read_cached(file, request)
+            if cached:
+                self._count(nbytes, nbytes)
+                return
         with POOL.lend(nbytes + 2 * ALIGNMENT) as buffer:
             self._fetch(file, request, buffer)
             self._count(nbytes, 0)
-            self._deliver(request, buffer, compare=compare)
+            with turn:
+                self._deliver(request, buffer, compare=compare)
 
     def _file(self, files: _OpenFiles, request: Request) -> Reader:
         with self._named(request):  # a file of an earlier step may be gone, and nothing has looked at it yet

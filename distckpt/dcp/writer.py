@@ -7,6 +7,7 @@ header, which holds the digests, comes last. An incremental save hashes everythi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import msgspec
 
 from distckpt import failpoints
 from distckpt.dcp.buffers import copy_bytes
-from distckpt.dcp.parallel import run_all
+from distckpt.dcp.parallel import run_all, turns
 from distckpt.errors import AgreementError
 from distckpt.format import digest as digests
 from distckpt.format.placing import Piece, Placed, place
@@ -119,10 +120,11 @@ def write_shard(
         else:  # strictly rising offsets: hash everything first
             if not job.hashed:
                 run_all(hashing, requests, threads, "write")
+                job.hashed = True
             failpoints.hit("shard.before_header", name)
             writer.write_at(0, memoryview(job.header()))
             for request in requests:
-                job.write(request, hashing.views(request))
+                job.hash_and_write(request)
         writer.commit()
     except BaseException:
         writer.abort()
@@ -145,6 +147,7 @@ class _Hashing:
     def __init__(self, placed: Placed, source: Source, block: int, stopped: Callable[[], str | None]) -> None:
         self._source, self._block, self._stopped = source, block, stopped
         self._placed = placed
+        self.turn = turns(sum(placed.nbytes), len(placed.pieces))
         self.found: list[list[str]] = [[""] * digests.block_count(nbytes, block) for nbytes in placed.nbytes]
 
     def extents(self) -> list[Extent]:
@@ -158,7 +161,8 @@ class _Hashing:
     def __call__(self, request: _Request) -> None:
         """Digest a request that is not written (now)."""
         self.check()
-        self.hash(request, self.views(request))
+        with self.turn:
+            self.hash(request, self.views(request))
 
     def check(self) -> None:
         """Raise ``AgreementError`` if a peer has failed meanwhile."""
@@ -184,27 +188,27 @@ class _Job:
         self._header = b""
 
     def hash_and_write(self, request: _Request) -> None:
-        """Do both while the bytes are in the processor's cache."""
-        views = self._hashing.views(request)
-        if not self.hashed:
-            self._hashing.hash(request, views)
-        self.write(request, views)
-
-    def write(self, request: _Request, views: Sequence[memoryview]) -> None:
-        """Write one request: from the image, from the tensor itself, or from a buffer filled here."""
+        """Do both while the bytes are in the processor's cache; few threads hash and copy at a time, all may write."""
         self._hashing.check()
-        offset = self._plan.data_start + request.offset
+        with contextlib.ExitStack() as lent:
+            with self._hashing.turn:
+                views = self._hashing.views(request)
+                if not self.hashed:
+                    self._hashing.hash(request, views)
+                data = self._gathered(request, views, lent)
+            self._writer.write_at(self._plan.data_start + request.offset, data)
+
+    def _gathered(self, request: _Request, views: Sequence[memoryview], lent: contextlib.ExitStack) -> memoryview:
+        """Return the bytes of a request: of the image, of the tensor itself, or of a buffer that is lent and filled here."""
         if self._image is not None:
-            self._writer.write_at(offset, self._image[request.offset : request.offset + request.size])
-            return
+            return self._image[request.offset : request.offset + request.size]
         first = views[0][request.parts[0].start : request.parts[0].stop]
         if len(views) == 1 and address(first) % ALIGNMENT == 0:
-            self._writer.write_at(offset, first)
-            return
-        with POOL.lend() as buffer:
-            for part, view in zip(request.parts, views, strict=True):
-                copy_bytes(buffer[part.at : part.at + part.stop - part.start], view[part.start : part.stop])
-            self._writer.write_at(offset, buffer[: request.size])
+            return first
+        buffer = lent.enter_context(POOL.lend())
+        for part, view in zip(request.parts, views, strict=True):
+            copy_bytes(buffer[part.at : part.at + part.stop - part.start], view[part.start : part.stop])
+        return buffer[: request.size]
 
     def header(self) -> bytes:
         """Return the file's first bytes; all blocks must be hashed."""

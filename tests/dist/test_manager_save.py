@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from manager_support import Part, assert_same, build, manager, snapshot, steps_i
 from torch import nn
 
 from distckpt import CheckpointConfig, CheckpointManager, open_checkpoint, resume_training
+from distckpt.dcp import reader
+from distckpt.engines.torch import _named_modules
 from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState, UnserializableState
 
 
@@ -36,6 +39,36 @@ def test_save_and_resume_give_back_every_tensor(tmp_path: Path) -> None:
         assert report.proved == len(wanted)
     assert_same(snapshot(other, fresh), wanted)
     assert fresh.param_groups[0]["lr"] == 0.01
+
+
+def test_modules_are_walked_as_torch_walks_them() -> None:
+    shared = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout()))
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared, nn.Linear(2, 2)]), "c": shared[0]})
+    model.register_module("nothing", None)
+    walked = list(_named_modules(model))
+    assert walked == list(model.named_modules(remove_duplicate=False))
+    assert [name for name, _ in walked].count("b.0.1.0") == 1
+
+
+def test_requests_of_a_load_are_copied_on_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them once where the page cache does not have it, however many are read at a time."""
+    entered: list[tuple[int, int]] = []
+
+    class Turn(threading.BoundedSemaphore):
+        def __enter__(self) -> bool:
+            entered.append((len(entered), threading.get_ident()))
+            return super().__enter__()
+
+    model = nn.Linear(1024, 4096, bias=False)  # 16 MiB: four requests
+    with manager(tmp_path, model) as m:
+        m.save(step=1)
+        wanted = model.weight.detach().clone()
+        nn.init.zeros_(model.weight)
+        monkeypatch.setattr(reader, "turns", lambda nbytes, pieces: Turn(1))
+        monkeypatch.setattr(reader.CheckpointReader, "_read_cached", lambda *_: False)
+        m.load(1)
+    assert torch.equal(model.weight, wanted)
+    assert len(entered) == 2 * 4  # to ask the page cache, and to copy
 
 
 def test_several_optimizers_schedulers_and_a_scaler(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import __main__ as program
-from benchmarks import jobs, limits, measures, plots, report
+from benchmarks import jobs, limits, measures, plots, report, tasks
 from benchmarks.pool import RanksFailed
 from benchmarks.run import VERIFIED, Bench, Settings, Turns, differ, merged, palindrome
 from benchmarks.sim import suite
@@ -97,6 +99,22 @@ def test_the_two_limits_of_a_copy_are_those_of_the_same_threads() -> None:
 
     bench = Bench.__new__(Bench)
     assert bench.copy_limit(TwoRanks(), 8)() == {"copy": 2.0}  # type: ignore[arg-type]
+
+
+def test_the_limit_of_a_staging_copies_every_tensor() -> None:
+    pieces = [np.full(size, 7 + size % 5, np.uint8) for size in (5, 1 << 20, 7, 0)]
+    room = np.zeros(1 << 22, np.uint8)
+    live = SimpleNamespace(locals=[SimpleNamespace(octets=p) for p in pieces], nbytes=sum(p.size for p in pieces))
+    worker = SimpleNamespace(live=live, scratch=SimpleNamespace(take=lambda nbytes: room), barrier=lambda: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started, ended = tasks.tensor_copy_limit(worker)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+    assert ended > started
+    assert bytes(room[: live.nbytes]) == np.concatenate(pieces).tobytes()
+    assert not room[live.nbytes :].any()
 
 
 # ---------------------------------------------------------------- peers that fail
