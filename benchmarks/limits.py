@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,23 +23,12 @@ ALL_POINTS = tuple(Point(threads, request << 20) for threads in (1, 2, 4, 8, 12,
 
 def disk_write(folder: Path, nbytes: int, *, threads: int = 8, request: int = REQUEST) -> float:
     """Return bytes a second of durable direct writes: preallocated file, aligned requests, fsync of file and folder."""
-    path = folder / f"raw-{os.getpid()}"
-    flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT
-    fd = _open_direct(path, flags)
-    buffer = probes.random_pages(request)
-    count = max(1, nbytes // request)
-    try:
-        started = time.perf_counter()
-        os.posix_fallocate(fd, 0, count * request)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda i: os.pwrite(fd, buffer, i * request), range(count)))
-        os.fsync(fd)
-        _sync_folder(folder)
-        seconds = time.perf_counter() - started
-    finally:
-        os.close(fd)
-        path.unlink()
-    return count * request / seconds
+    buffer, size = probes.random_pages(request), max(1, nbytes // request) * request
+
+    def write(fd: int, pool: ThreadPoolExecutor) -> None:
+        list(pool.map(lambda at: os.pwrite(fd, buffer, at), range(0, size, request)))
+
+    return _durable_write(folder, size, threads, write)
 
 
 def write_file(path: Path, nbytes: int) -> None:
@@ -113,33 +103,21 @@ def verified_write(folder: Path, source: np.ndarray, nbytes: int, *, threads: in
     ``source`` (uint8, touched before, at least ``nbytes`` and one request) lies in one piece, and each thread keeps its buffer:
     what a save of ordinary memory with checksums can reach. Busy processors slow some disks down, virtual ones above all.
     """
-    path = folder / f"raw-{os.getpid()}"
-    fd = _open_direct(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT)
     room, buffers = memoryview(source), _touched_buffers(threads, request)
     size = max(1, nbytes // request) * request
     starts = iter(range(0, size, request))
 
-    def write(buffer: memoryview) -> int:
-        total = 0
-        for at in starts:
-            view = room[at : at + request]
-            block_digests(view)
-            copy_memory(buffer, view)
-            total += os.pwrite(fd, buffer, at)
-        return total
+    def write(fd: int, pool: ThreadPoolExecutor) -> None:
+        def fill_and_write(buffer: memoryview) -> None:
+            for at in starts:
+                view = room[at : at + request]
+                block_digests(view)
+                copy_memory(buffer, view)
+                os.pwrite(fd, buffer, at)
 
-    try:
-        started = time.perf_counter()
-        os.posix_fallocate(fd, 0, size)
-        with ThreadPoolExecutor(threads) as pool:
-            total = sum(pool.map(write, buffers))
-        os.fsync(fd)
-        _sync_folder(folder)
-        seconds = time.perf_counter() - started
-    finally:
-        os.close(fd)
-        path.unlink()
-    return total / seconds
+        list(pool.map(fill_and_write, buffers))
+
+    return _durable_write(folder, size, threads, write)
 
 
 def verified_read(paths: list[Path], memory: np.ndarray, *, threads: int, request: int) -> float:
@@ -206,6 +184,24 @@ def drop_caches(paths: list[Path]) -> int:
     """Evict these files from the page cache, durable or not; return how many of their pages are still resident."""
     os.sync()
     return probes.evict(paths)
+
+
+def _durable_write(folder: Path, size: int, threads: int, write: Callable[[int, ThreadPoolExecutor], None]) -> float:
+    """Return bytes a second of ``write`` (descriptor, threads) filling a preallocated file; fsync of file and folder."""
+    path = folder / f"raw-{os.getpid()}"
+    fd = _open_direct(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_DIRECT)
+    try:
+        started = time.perf_counter()
+        os.posix_fallocate(fd, 0, size)
+        with ThreadPoolExecutor(threads) as pool:
+            write(fd, pool)
+        os.fsync(fd)
+        _sync_folder(folder)
+        seconds = time.perf_counter() - started
+    finally:
+        os.close(fd)
+        path.unlink()
+    return size / seconds
 
 
 def _touched_buffers(count: int, nbytes: int) -> list[memoryview]:
