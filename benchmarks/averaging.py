@@ -45,16 +45,19 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
     read, written = sum(shard.stat().st_size for shard in shards), shards[0].stat().st_size
     readers, writers = bench.read_point, bench.write_point
 
+    read_at = {"threads": readers.threads, "request": readers.request}
+    write_at = {"threads": writers.threads, "request": writers.request}
+
+    def one_after_the_other(reading: float, writing: float) -> float:
+        return (read + written) / (read / reading + written / writing)
+
     def probe() -> dict[str, float]:
-        reading = read / disk_read(shards, threads=readers.threads, request=readers.request)
-        writing = written / disk_write(root, written, threads=writers.threads, request=writers.request)
-        return {"average": (read + written) / (reading + writing)}
+        return {"average": one_after_the_other(disk_read(shards, **read_at), disk_write(root, written, **write_at))}
 
     def verified() -> dict[str, float]:
         nowhere, source = np.empty(0, np.uint8), np.ones(max(written, writers.request), np.uint8)
-        reading = read / verified_read(shards, nowhere, threads=readers.threads, request=readers.request)
-        writing = written / verified_write(root, source, written, threads=writers.threads, request=writers.request)
-        return {VERIFIED: (read + written) / (reading + writing)}
+        reading = verified_read(shards, nowhere, **read_at)
+        return {VERIFIED: one_after_the_other(reading, verified_write(root, source, written, **write_at))}
 
     both = together(probe, verified)
 
