@@ -4,27 +4,33 @@ What decides the speed is memory traffic: a weight is read, each shadow read and
 are used where they lie. Others are cast in buckets through a scratch buffer that stays in a cache. With several averages
 the weights are cut into chunks, so that each is read from memory once and from the cache for the other averages.
 
-On a CPU torch runs a tensor of fewer than ``GRAIN`` elements on one thread: small ones are spread over threads here.
+On a CPU threads take chunks in turn, each alone: where torch divides every tensor among its own, they wait for each other
+after each, and small tensors have one thread.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-GRAIN = 32768
-"""Elements below which torch does not use its threads for one tensor (``at::internal::GRAIN_SIZE``)."""
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
-"""Elements of one scratch buffer, by device type: 1 MiB of fp32 fits in a core's L2, 32 MiB in an H100's."""
+from distckpt.averaging.arithmetic import one_thread
+
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}
+"""Elements that are updated together, and of one scratch buffer, by device type: 2 MiB of fp32 stay in a cache, and take
+long enough that threads seldom meet at the interpreter's lock (a quarter of them took 1.4 times as long); 32 MiB fit in
+an H100's L2."""
 STAGED = 1 << 22
 """Elements of one of the two buffers through which weights on another device come."""
 SPREAD = 1 << 20
-"""Elements in small tensors from which threads are worth starting."""
+"""Elements from which threads are worth starting."""
+MOST_THREADS = 32
+"""Enough for the memory of any socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Pair:
 
 
 class _Lanes:
-    """Threads, and one scratch buffer for each of them: what all batches of an updater share."""
+    """Threads on which torch does not start threads of its own, and scratch buffers for each: shared by an updater's parts."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -61,26 +67,32 @@ class _Lanes:
             self._scratch[key] = torch.empty(numel, dtype=dtype, device=like.device)
         return self._scratch[key]
 
-    def run(self, work: Callable[[int], None], count: int) -> None:
-        """Call ``work`` with 0 to ``count - 1``, the first on the calling thread."""
-        others = [self._executor().submit(work, number) for number in range(1, count)]
-        try:
-            work(0)
-        finally:
-            for other in others:
-                other.result()
+    def run(self, work: Callable[[int], None]) -> None:
+        """Call ``work`` with 0 to ``threads - 1``, each on a thread."""
+        running = [self._executor().submit(work, lane) for lane in range(self.threads)]
+        for one in wait(running).done:  # all have ended, also where one failed
+            one.result()
 
     def _executor(self) -> ThreadPoolExecutor:
         """Return the threads of this process; those of a parent process do not survive a fork."""
         if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = (os.getpid(), ThreadPoolExecutor(self.threads, thread_name_prefix="distckpt-average"))
+            together = threading.Barrier(self.threads)
+
+            def begin() -> None:
+                torch.get_num_threads()  # where torch takes over, once a thread, how many it may start from there
+                together.wait(60)
+
+            with one_thread():
+                pool = ThreadPoolExecutor(self.threads, "distckpt-average", begin)
+                list(pool.map(lambda _: None, range(self.threads)))
+            self._pool = (os.getpid(), pool)
         return self._pool[1]
 
 
 class Updater:
     """A plan for updating fixed tensors, made once and run many times.
 
-    ``threads``: for small tensors on a CPU; None takes torch's own number. ``staged``: send every weight through the
+    ``threads``: on a CPU; None takes torch's own number. ``staged``: send every weight through the
     buffers that weights on another device take, which tests do where there is only one device.
     """
 
@@ -88,31 +100,33 @@ class Updater:
         self, pairs: Sequence[Pair], *, threads: int | None = None, staged: bool = False, lanes: _Lanes | None = None
     ) -> None:
         pairs = [pair for pair in pairs if pair.source.numel()]
-        self._lanes = lanes or _Lanes(torch.get_num_threads() if threads is None else threads)
+        self._lanes = lanes or _Lanes(min(MOST_THREADS, torch.get_num_threads()) if threads is None else threads)
         away = [p for p in pairs if staged or p.source.device != p.shadows[0].device]
         here = [p for p in pairs if not (staged or p.source.device != p.shadows[0].device)]
-        self._large: list[_Batch] = []
-        small: list[_Batch] = []
-        for alike in _grouped(here, lambda p: (p.shadows[0].device, p.source.dtype, p.shadows[0].dtype)):
-            large, few = _batches(alike)
-            self._large += large
-            small += few
-        self._shares = _shares(small, self._lanes.threads)
+        self._batches = [
+            batch
+            for alike in _grouped(here, lambda p: (p.shadows[0].device, p.source.dtype, p.shadows[0].dtype))
+            for batch in _batches(alike)
+        ]
         self._stages = [_Stage(alike, self._lanes) for alike in _grouped(away, lambda p: p.source.device)]
+        on_cpu = all(batch.shadows[0].device.type == "cpu" for batch in self._batches)
+        enough = len(self._batches) > 1 and sum(batch.numel for batch in self._batches) >= SPREAD
+        self._threaded = on_cpu and enough and self._lanes.threads > 1
 
     @torch.no_grad()
     def run(self, weights: Sequence[float]) -> None:
         """Set every shadow to ``shadow + weight * (source - shadow)``; one weight per average, 1 copies."""
-        for batch in self._large:
-            batch.run(weights, self._lanes, 0)
+        left = iter(self._batches)  # threads take from it one at a time: next() of a list's iterator is atomic
 
-        def share(number: int) -> None:
+        def work(lane: int) -> None:
             with torch.no_grad():  # a setting of each thread
-                for batch in self._shares[number]:
-                    batch.run(weights, self._lanes, number)
+                for batch in left:
+                    batch.run(weights, self._lanes, lane)
 
-        if self._shares:
-            self._lanes.run(share, len(self._shares))
+        if self._threaded:
+            self._lanes.run(work)
+        else:
+            work(0)
         for stage in self._stages:
             stage.run(weights)
 
@@ -127,20 +141,21 @@ class _Batch:
         self.averages = len(pairs[0].shadows)
         self.numel = sum(s.numel() for s in self.sources)
         self._operands = self._repeated(self.sources)
-        self._buffer: torch.Tensor | None = None
-        self._views: list[torch.Tensor] = []
+        self._views: dict[int, list[torch.Tensor]] = {}
 
     def run(self, weights: Sequence[float], lanes: _Lanes, lane: int) -> None:
+        operands = self._operands
         if self.through is not None:
             buffer = lanes.scratch(lane, self.sources[0], self.through, self.numel)
-            if buffer is not self._buffer:
-                self._buffer, self._views = buffer, split_like(buffer, self.sources)
-                self._operands = self._repeated(self._views)
-            torch._foreach_copy_(self._views, self.sources)
+            views = self._views.get(lane)
+            if views is None or views[0].data_ptr() != buffer.data_ptr():
+                views = self._views[lane] = split_like(buffer, self.sources)
+            torch._foreach_copy_(views, self.sources)
+            operands = self._repeated(views)
         if self.averages == 1:
-            torch._foreach_lerp_(self.shadows, self._operands, weights[0])
+            torch._foreach_lerp_(self.shadows, operands, weights[0])
         else:
-            torch._foreach_lerp_(self.shadows, self._operands, list(weights) * len(self.sources))
+            torch._foreach_lerp_(self.shadows, operands, list(weights) * len(self.sources))
 
     def _repeated(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [source for source in sources for _ in range(self.averages)]
@@ -206,19 +221,14 @@ def _grouped(pairs: Sequence[Pair], key: Callable[[Pair], Any]) -> list[list[Pai
     return list(groups.values())
 
 
-def _batches(pairs: Sequence[Pair]) -> tuple[list[_Batch], list[_Batch]]:
-    """Return (batches for the calling thread, small ones) of pairs of one device and of the same dtypes."""
+def _batches(pairs: Sequence[Pair]) -> list[_Batch]:
+    """Return the batches of pairs of one device and of the same dtypes."""
     source, shadow = pairs[0].source, pairs[0].shadows[0]
     chunk = CHUNK.get(source.device.type, CHUNK["cuda"])
-    on_cpu = source.device.type == "cpu"
     cast = None if source.dtype == shadow.dtype else shadow.dtype
-    large = [p for p in pairs if not on_cpu or p.source.numel() >= GRAIN]
-    small = [p for p in pairs if on_cpu and p.source.numel() < GRAIN]
-    if cast is not None or len(pairs[0].shadows) > 1:
-        large = [piece for pair in large for piece in pair.cut(chunk)]
-    together = [large] if cast is None else _packed(large, chunk)
-    first = [_Batch(batch, cast) for batch in together if batch]
-    return first, [_Batch(batch, cast) for batch in _packed(small, chunk)]
+    if source.device.type != "cpu" and cast is None and len(pairs[0].shadows) == 1:
+        return [_Batch(pairs, None)]  # each number is read once: nothing to keep in a cache, one call for all
+    return [_Batch(batch, cast) for batch in _packed([piece for pair in pairs for piece in pair.cut(chunk)], chunk)]
 
 
 def _packed(pairs: Sequence[Pair], limit: int) -> list[list[Pair]]:
@@ -232,16 +242,3 @@ def _packed(pairs: Sequence[Pair], limit: int) -> list[list[Pair]]:
         packed[-1].append(pair)
         room -= pair.source.numel()
     return packed
-
-
-def _shares(batches: Sequence[_Batch], threads: int) -> list[list[_Batch]]:
-    """Deal batches out to threads, the largest first, each to the one that has least; one share where they are few."""
-    if threads <= 1 or sum(batch.numel for batch in batches) < SPREAD:
-        return [list(batches)] if batches else []
-    shares: list[list[_Batch]] = [[] for _ in range(min(threads, len(batches)))]
-    loads = [0] * len(shares)
-    for batch in sorted(batches, key=lambda b: -b.numel):
-        least = loads.index(min(loads))
-        shares[least].append(batch)
-        loads[least] += batch.numel + 2000 * len(batch.sources)  # a call costs about as much as 2,000 elements
-    return shares

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from distckpt.averaging import updater
-from distckpt.averaging.updater import GRAIN, Pair, Updater
+from distckpt.averaging.updater import Pair, Updater
 
+GRAIN = 32768
+"""Elements from which torch divides a tensor among its threads."""
 SIZES = [(0,), (), (1,), (17, 3), (GRAIN - 1,), (GRAIN,), (5, GRAIN // 2), (3 * GRAIN + 7,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -51,6 +55,47 @@ def test_every_way_gives_the_formula(
     for pair in pairs:
         for found in pair.shadows:
             assert torch.equal(found, pair.source.float())
+
+
+def test_threads_take_chunks_in_turn_and_start_none_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    whole = updater._Batch.run
+
+    def run(batch: updater._Batch, weights: list[float], lanes: updater._Lanes, lane: int) -> None:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        whole(batch, weights, lanes, lane)
+
+    monkeypatch.setattr(updater._Batch, "run", run)
+    chunk, before = updater.CHUNK["cpu"], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        plan = Updater(pairs_of([torch.float32], 1, [(8 * chunk,), (100,)]), threads=3)
+        plan.run([0.5])
+        plan.run([0.5])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 2 * 9
+    assert {threads for _, threads in seen} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+
+
+def test_an_error_is_told_when_no_thread_works_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    working: list[int] = []
+    whole = updater._Batch.run
+
+    def run(batch: updater._Batch, weights: list[float], lanes: updater._Lanes, lane: int) -> None:
+        if batch is plan._batches[0]:
+            raise RuntimeError("no memory")
+        working.append(lane)
+        whole(batch, weights, lanes, lane)
+        working.pop()
+
+    plan = Updater(pairs_of([torch.float32], 1, [(8 * updater.CHUNK["cpu"],)]), threads=2)
+    monkeypatch.setattr(updater._Batch, "run", run)
+    with pytest.raises(RuntimeError, match="no memory"):
+        plan.run([0.5])
+    assert not working
 
 
 def test_scratch_is_one_buffer_however_large_the_model() -> None:
