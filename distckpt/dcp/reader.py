@@ -28,8 +28,9 @@ from distckpt.format.dtypes import itemsize
 from distckpt.format.manifest import Manifest
 from distckpt.format.runs import HINT
 from distckpt.format.shard_index import ShardIndex
-from distckpt.storage.base import PlainReader, Reader, Store, open_reader
+from distckpt.storage.base import Reader, Store
 from distckpt.storage.direct import ALIGNMENT, POOL, address
+from distckpt.storage.open_files import OpenFiles
 
 __all__ = ["CheckpointReader", "ReadStats", "Want"]
 
@@ -41,8 +42,6 @@ Fewer where ranks share few processors: six for each processor of a rank, but fo
 far service and not for a device, as many as the caller allows."""
 HELD = 256 << 10
 """Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
-MAX_OPEN = 64
-"""Files kept open during one read; further ones are opened for each request."""
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ class CheckpointReader:
     ) -> None:
         """Do what was planned, on this rank alone."""
         turn = turns(sum(r.stop - r.start for r in requests), sum(len(r.runs) for r in requests))
-        with _OpenFiles(self.store) as files:
+        with OpenFiles() as files:
 
             def run(request: Request) -> None:
                 self._run(self._file(files, request), request, compare, turn)
@@ -118,7 +117,7 @@ class CheckpointReader:
 
         ``decide`` may stop that after some turns, on all ranks alike; returns the rest, for ``read_requests``.
         """
-        with _OpenFiles(self.store) as files:
+        with OpenFiles() as files:
 
             def fetch(request: Request, buffer: memoryview) -> None:
                 self._fetch(self._file(files, request), request, buffer)
@@ -154,9 +153,9 @@ class CheckpointReader:
             with turn:
                 self._deliver(request, buffer, compare=compare)
 
-    def _file(self, files: _OpenFiles, request: Request) -> Reader:
+    def _file(self, files: OpenFiles, request: Request) -> Reader:
         with self._named(request):  # a file of an earlier step may be gone, and nothing has looked at it yet
-            return files.get(request.path)
+            return files.get(self.store, request.path)
 
     def _fetch(self, file: Reader, request: Request, buffer: memoryview) -> None:
         """Fill the front of a buffer with a request's bytes, whole pages of the file where there are any."""
@@ -255,31 +254,6 @@ class CheckpointReader:
             elif not _same_bits(target, found):
                 with self._lock:
                     self.stats.mismatches.append(f"{want.fqn} box {common.offsets}+{common.sizes}")
-
-
-class _OpenFiles:
-    """The files of one read, each opened once."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._open: dict[str, Reader] = {}
-        self._lock = threading.Lock()
-
-    def get(self, path: str) -> Reader:
-        """Return the reader of a file. Raises ``StoreError``."""
-        with self._lock:
-            if path not in self._open:
-                if len(self._open) >= MAX_OPEN:
-                    return PlainReader(self._store, path)
-                self._open[path] = open_reader(self._store, path)
-            return self._open[path]
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for reader in self._open.values():
-            reader.close()
 
 
 def _data(request: Request, buffer: memoryview) -> Iterator[tuple[Run, memoryview]]:

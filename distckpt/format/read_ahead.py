@@ -19,6 +19,7 @@ from typing import Final
 from distckpt.format.digest import BLOCK
 from distckpt.storage.base import Store
 from distckpt.storage.direct import ALIGNMENT, address, anonymous, copy_memory
+from distckpt.storage.open_files import OpenFiles
 
 REQUEST: Final = 8 << 20
 """Bytes of one request at most where each costs tens of milliseconds (object stores)."""
@@ -84,6 +85,7 @@ class ReadAhead:
         slots = min(max(1, room // size), sum(map(len, self._spans.values())))
         memory = anonymous(slots * slot)
         self._free = [memory[at : at + slot] for at in reversed(range(0, slots * slot, slot))]
+        self._files = OpenFiles()
         self._pool = ThreadPoolExecutor(AHEAD if far else NEAR_THREADS, thread_name_prefix="distckpt-ahead")
 
     def __enter__(self) -> ReadAhead:
@@ -91,6 +93,7 @@ class ReadAhead:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._files.close()
 
     def over(self, store: Store) -> ReadThrough:
         """Return a reader of one of the stores."""
@@ -171,18 +174,17 @@ class ReadAhead:
             # To the end of a page where the next span goes on there: a direct read takes whole pages.
             end = self._spans[store, name][-1].stop
             stop = min(end, -(-span.stop // ALIGNMENT) * ALIGNMENT)
-            span.content = self._pool.submit(_fetch, store, name, span.aligned, span.slot[: stop - span.aligned])
+            span.content = self._pool.submit(self._fetch, store, name, span.aligned, span.slot[: stop - span.aligned])
+
+    def _fetch(self, store: Store, name: str, start: int, view: memoryview) -> memoryview:
+        self._files.get(store, name).read_into(start, view)
+        return view
 
 
 def _cover(spans: Sequence[_Span], start: int, stop: int) -> bool:
     """Whether these spans, in order, hold every byte of a range."""
     joined = all(a.stop == b.start for a, b in pairwise(spans))
     return bool(spans) and joined and spans[0].start <= start and stop <= spans[-1].stop
-
-
-def _fetch(store: Store, name: str, start: int, view: memoryview) -> memoryview:
-    store.read_into(name, start, view)
-    return view
 
 
 class ReadThrough:
