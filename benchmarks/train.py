@@ -3,7 +3,8 @@
 A fixed computation is stepped; every so often a peer saves in the background. The loop goes on until the last save is
 durable. Lost time is the wall time of those steps less that of as many steps without saves, which are run before and
 after as the probe of this turn. The *stall* of a save is its call, the wait for its copy before the next optimizer step,
-and by how much that step took longer than others (a copy may be hooked into it).
+and by how much that step took longer than the window's other ones (a copy may be hooked into it; what writing costs them all is
+lost time).
 
 The model computes on one thread, as a job on accelerators leaves most host cores idle; ``--full`` also has it on all.
 """
@@ -88,19 +89,16 @@ def make(worker: Worker, nbytes: int, threads: int) -> int:
     tasks._forget_plans()
     live = Trained(nbytes, threads)
     worker.live = live
-    worker.kept["optimizer"] = statistics.median(live.train_step()[1] for _ in range(5))
     return live.nbytes
 
 
 def plain_steps(worker: Worker, steps: int) -> float:
     """Train without saving; return steps a second."""
-    live, waits = _trained(worker), []
+    live = _trained(worker)
     started = time.perf_counter()
     for _ in range(steps):
-        waits.append(live.train_step()[1])
-    seconds = time.perf_counter() - started
-    worker.kept["optimizer"] = statistics.median(waits)
-    return steps / seconds
+        live.train_step()
+    return steps / (time.perf_counter() - started)
 
 
 def _trained(worker: Worker) -> Trained:
@@ -112,18 +110,20 @@ def _trained(worker: Worker) -> Trained:
 def saving_steps(worker: Worker, name: str, root: Path, first: int, steps: int, every: int) -> dict[str, Any]:
     """Train and save every few steps; go on until the last save is durable."""
     live, peer = _trained(worker), worker.peer(name)
-    usual = worker.kept["optimizer"]
     out: dict[str, Any] = {}
-    stalls: list[float] = []
+    calls: list[float] = []
+    after: list[tuple[float, float]] = []
+    others: list[float] = []
     windows: list[float] = []
     taken = pending = 0
     with tasks.quiet(), tasks.measured(worker, out):
         began = 0.0
         while taken < steps or pending:
-            fence = peer.fence if pending or stalls else None
-            waited, optimizer = live.train_step(fence)
-            if stalls and stalls[-1] < 0:  # the step right after a save: its whole stall is known now
-                stalls[-1] = -stalls[-1] + waited + max(0.0, optimizer - usual)
+            waited, optimizer = live.train_step(peer.fence if pending or calls else None)
+            if len(after) < len(calls):  # the step right after a save
+                after.append((waited, optimizer))
+            else:
+                others.append(optimizer)
             taken += 1
             if pending and peer.done():
                 peer.finish()
@@ -135,10 +135,12 @@ def saving_steps(worker: Worker, name: str, root: Path, first: int, steps: int, 
                     windows.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 peer.begin(root, first + taken, live)
-                stalls.append(-(time.perf_counter() - began))
+                calls.append(time.perf_counter() - began)
                 pending = 1
             if taken > MOST_STEPS:
                 raise RuntimeError(f"a background save was not done after {MOST_STEPS} steps")
+    usual = statistics.median(others)
+    stalls = [call + wait + max(0.0, step - usual) for call, (wait, step) in zip(calls, after, strict=True)]
     return {**out, "steps": taken, "stalls": stalls, "windows": windows, "folder": str(peer.path(root, first + taken))}
 
 

@@ -119,7 +119,11 @@ def tensor_leaf(fqn: str, value: torch.Tensor) -> TensorLeaf:
         return _sharded_tensor_leaf(fqn, value)
     local = _checked(fqn, value.detach())
     shape = tuple(local.shape)
-    return TensorLeaf(fqn, dtype_name(local.dtype), shape, None, ((Box.whole(shape), local),))
+    return TensorLeaf(fqn, dtype_name(local.dtype), shape, None, ((_whole(shape), local),))
+
+
+_whole = functools.lru_cache(Box.whole)
+"""A model has few shapes, and many tensors of each."""
 
 
 def _checked(fqn: str, local: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,7 @@ class TorchEngine:
     def _params(self) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], list[str]]]:
         """Yield (optimizer, param group, FQNs of its params)."""
         names: dict[int, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        for name, parameter in _named_parameters(self.model):
             names.setdefault(id(parameter), clean_fqn(name))
         for optimizer in self.optimizers:
             for position, group in enumerate(optimizer.param_groups):
@@ -226,6 +226,8 @@ def add_value(state: State, name: str, value: Any) -> None:
 
 def add_tied_state(state: State) -> None:
     """Give the optimizer state of tied parameters their other names too: a pipeline stage may know only one of them."""
+    if not state.aliases:
+        return
     tied: dict[str, list[str]] = {}
     for alias, target in list(state.aliases.items()):
         tied.setdefault(target.removeprefix(MODEL), []).append(alias.removeprefix(MODEL))
@@ -294,7 +296,7 @@ def _rescaled(model: nn.Module) -> set[str]:
         for m in model.modules()
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
     }
-    named = model.named_parameters(remove_duplicate=False)
+    named = _named_parameters(model) if scaling else ()
     return {MODEL + clean_fqn(name) for name, parameter in named if id(parameter) in scaling}
 
 
@@ -306,6 +308,14 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         prefix = f"{name}." if name else ""
         waiting += [(prefix + n, child) for n, child in reversed(module._modules.items()) if child is not None]
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters under each of their names: a faster ``named_parameters(remove_duplicate=False)``."""
+    for prefix, module in _named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 def _named_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor]]:
