@@ -131,7 +131,7 @@ class ReadAhead:
         if told:
             self.read_into(store, name, offset, spare)
         else:  # not as it was told
-            store.read_into(name, offset, spare)
+            self._files.read_into(store, name, offset, spare)
             for span in spans:
                 low, high = span.common(offset, stop)
                 self._used(span, high - low)
@@ -144,7 +144,7 @@ class ReadAhead:
             span.users += content is not None
         try:
             if content is None:  # asked for again, or there is no room for more
-                store.read_into(name, offset, spare)
+                self._files.read_into(store, name, offset, spare)
                 yield spare
             else:
                 yield content.result()[offset - span.aligned : offset - span.aligned + len(spare)]
@@ -177,7 +177,7 @@ class ReadAhead:
             span.content = self._pool.submit(self._fetch, store, name, span.aligned, span.slot[: stop - span.aligned])
 
     def _fetch(self, store: Store, name: str, start: int, view: memoryview) -> memoryview:
-        self._files.get(store, name).read_into(start, view)
+        self._files.read_into(store, name, start, view)
         return view
 
 

@@ -34,6 +34,7 @@ from distckpt.format.shard import ShardHeader
 from distckpt.format.shard_header import read_header
 from distckpt.format.verify_references import check_references
 from distckpt.storage.base import Store
+from distckpt.storage.open_files import OpenFiles
 
 Mode = Literal["quick", "sample", "full"]
 MODES: Final = ("quick", "sample", "full")
@@ -260,7 +261,7 @@ def _check_blocks(
             file = run[0].path
             asked = "" if file == path else f", which {path} refers to"
             try:
-                damaged = read_run(store, run, buffer)
+                damaged = read_run(reader, run, buffer)
             except StoreError as error:
                 for fqn in dict.fromkeys(block.stored.fqn for block in run):
                     findings.add(file, f"cannot be read: {error}{asked}", tensor=fqn, rank=index)
@@ -270,7 +271,11 @@ def _check_blocks(
                 findings.add(file, what, tensor=bad.stored.fqn, rank=index)
             findings.count(run_nbytes(run), progress)
 
-    with ThreadPoolExecutor(max(1, min(threads, len(jobs))), thread_name_prefix="distckpt-verify") as pool:
+    with (
+        OpenFiles() as files,
+        ThreadPoolExecutor(max(1, min(threads, len(jobs))), thread_name_prefix="distckpt-verify") as pool,
+    ):
+        reader = files.over(store)
         list(pool.map(check, jobs))
 
 

@@ -32,6 +32,14 @@ class OpenFiles:
                 found = self._open[store, name] = open_reader(store, name)
             return found
 
+    def read_into(self, store: Store, name: str, offset: int, destination: memoryview) -> None:
+        """Fill ``destination`` from ``offset``, as ``Store.read_into`` does."""
+        self.get(store, name).read_into(offset, destination)
+
+    def over(self, store: Store) -> KeptOpen:
+        """Return a reader of one store by names."""
+        return KeptOpen(self, store)
+
     def close(self) -> None:
         """Close them; nothing is read after that."""
         for reader in self._open.values():
@@ -42,3 +50,14 @@ class OpenFiles:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class KeptOpen:
+    """One store, whose files are opened once each."""
+
+    def __init__(self, files: OpenFiles, store: Store) -> None:
+        self._files, self._store = files, store
+
+    def read_into(self, name: str, offset: int, destination: memoryview) -> None:
+        """See ``Store.read_into``."""
+        self._files.read_into(self._store, name, offset, destination)

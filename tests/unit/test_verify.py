@@ -19,6 +19,7 @@ from distckpt.format.manifest import TensorEntry
 from distckpt.format.verify import Problem, quick_check, verify
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.posix import PosixStore
+from distckpt.storage.posix_reader import PosixReader
 
 MODES = ["quick", "sample", "full"]
 
@@ -71,6 +72,15 @@ def test_sample_reads_at_least_one_block_of_each_file(committed: Committed, stor
     report = verify(store, committed, mode="sample", fraction=1e-9)
     assert report.checked_bytes >= 3
     assert store.counters["opens"] > before
+
+
+def test_scattered_blocks_of_a_file_are_read_with_it_open(committed: Committed, store: PosixStore) -> None:
+    before = store.counters["opens"]
+    verify(store, committed, mode="quick")
+    quick = store.counters["opens"] - before
+    report = verify(store, committed, mode="sample", fraction=0.5)
+    assert report.checked_bytes > 100 * 4096
+    assert store.counters["opens"] - before == 2 * quick + 3
 
 
 def test_full_finds_one_flipped_bit_anywhere(committed: Committed, store: PosixStore) -> None:
@@ -205,13 +215,13 @@ def test_progress_reaches_the_total(committed: Committed, store: PosixStore) -> 
 
 def test_requests_are_bounded(committed: Committed, store: PosixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    read_into = PosixStore.read_into
+    read_into = PosixReader.read_into
 
-    def spy(self: PosixStore, name: str, offset: int, destination: memoryview) -> None:
+    def spy(self: PosixReader, offset: int, destination: memoryview) -> None:
         sizes.append(len(destination))
-        read_into(self, name, offset, destination)
+        read_into(self, offset, destination)
 
-    monkeypatch.setattr(PosixStore, "read_into", spy)
+    monkeypatch.setattr(PosixReader, "read_into", spy)
     monkeypatch.setattr(box_reader, "REQUEST", 64 << 10)
     report = verify(store, committed, mode="full")
     assert report.ok
