@@ -37,6 +37,8 @@ REQUEST: Final = 4 << 20
 """Bytes of the result that a thread works on at a time, at most."""
 LEAST: Final = 1 << 20
 """The same, at least: threads that do less at a time meet at the interpreter's lock."""
+WRITING: Final = 2
+"""Threads that write while others add up: of what an average of two checkpoints moves a third is written."""
 Progress = Callable[[int, int], None]
 """Called with (bytes of the result written by this rank, bytes it has to write), one call at a time."""
 
@@ -50,7 +52,7 @@ def fresh_key(what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the result goes and how: ``threads`` at most, each of about 24 MiB; ``timeout_s`` for each wait for ranks."""
+    """Where the result goes and how: ``threads`` add up at most, each with 24 MiB; ``timeout_s`` for each wait for ranks."""
 
     out: str
     step: int
@@ -188,7 +190,15 @@ def _write_shards(
         name = f"{folder}/{names.shard_name(index, count)}"
         with one_thread(), blend.reading_ahead((pieces[i].fqn, pieces[i].box) for i in plan.order):
             written = write_pieces(
-                store, name, plan, fill, threads=threads, request=request, progress=count_bytes, stopped=stopped
+                store,
+                name,
+                plan,
+                fill,
+                threads=threads + WRITING,
+                making=threads,
+                request=request,
+                progress=count_bytes,
+                stopped=stopped,
             )
         receipts.append(_Receipt(index, written.size, written.header))
     return receipts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,13 +73,16 @@ def write_pieces(
     request: int,
     progress: Progress = lambda nbytes: None,
     stopped: Callable[[], str | None] = lambda: None,
+    making: int | None = None,
 ) -> WrittenShard:
     """Write a planned shard durably from pieces whose bytes are made on demand, ``request`` (at most 7 MiB) at a time.
 
+    At most ``making`` of the threads (all, if None) make and digest bytes at a time, so that the others can write.
     Memory: ``threads`` buffers of 8 MiB, reused, as far as they are filled. ``stopped`` is asked before every request:
     a text means that a peer has failed, and ends the writing with ``AgreementError``. A store that takes only rising
     offsets has everything made twice: the header, which has the digests, comes first.
     """
+    turn = threading.Semaphore(max(1, making or threads))
     found = [[""] * digests.block_count(nbytes, plan.block) for nbytes in plan.nbytes]
     room = (POOL.nbytes - ALIGNMENT) // plan.block * plan.block  # a request may begin anywhere in a page
     requests = list(_requests(plan, min(request, room)))
@@ -92,14 +96,15 @@ def write_pieces(
         offset = plan.starts[parts[0].piece] + parts[0].start
         with POOL.lend(sum(part.stop - part.start for part in parts) + ALIGNMENT) as buffer:
             at = first = offset % ALIGNMENT
-            for part in parts:
-                view = buffer[at : at + part.stop - part.start]
-                fill(part.piece, part.start, part.stop, view)
-                if hashing:
-                    number = part.start // plan.block
-                    blocks = digests.block_digests(view, plan.block)
-                    found[part.piece][number : number + len(blocks)] = blocks
-                at += len(view)
+            with turn:
+                for part in parts:
+                    view = buffer[at : at + part.stop - part.start]
+                    fill(part.piece, part.start, part.stop, view)
+                    if hashing:
+                        number = part.start // plan.block
+                        blocks = digests.block_digests(view, plan.block)
+                        found[part.piece][number : number + len(blocks)] = blocks
+                    at += len(view)
             if writing:
                 _write(writer, offset, buffer[first:at])
                 progress(at - first)
