@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from distckpt.format.manifest import Manifest, MeshEntry, ShardEntry, TensorEntr
 from distckpt.format.placing import Piece
 from distckpt.format.shard import plan_shard, render_header
 from distckpt.storage.base import Store
+from distckpt.storage.memory import MemoryStore
 
 Tensors = Mapping[str, np.ndarray]
 CUT_DIM = {"rows": 0, "columns": 1}
@@ -177,3 +179,23 @@ def shard_paths(store: Store, committed: Committed) -> list[str]:
     """Return the names on the store of a checkpoint's shards, by rank."""
     found = (entry.name for entry in store.list(f"{committed.folder}/"))
     return sorted(name for name in found if names.parse_shard_name(name.rpartition("/")[2]) is not None)
+
+
+class Together(MemoryStore):
+    """A store whose data writes go on when ``count`` of them are under way."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.writing = threading.Barrier(count)
+
+    def open_writer(self, name: str, size: int) -> Any:
+        opened = super().open_writer(name, size)
+        write = opened.write_at
+
+        def write_at(offset: int, data: memoryview) -> None:
+            if offset:
+                self.writing.wait(20)
+            write(offset, data)
+
+        opened.write_at = write_at  # type: ignore[method-assign]
+        return opened

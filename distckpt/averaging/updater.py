@@ -141,17 +141,17 @@ class _Batch:
         self.averages = len(pairs[0].shadows)
         self.numel = sum(s.numel() for s in self.sources)
         self._operands = self._repeated(self.sources)
-        self._views: dict[int, list[torch.Tensor]] = {}
+        self._casts: dict[int, tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def run(self, weights: Sequence[float], lanes: _Lanes, lane: int) -> None:
         operands = self._operands
         if self.through is not None:
             buffer = lanes.scratch(lane, self.sources[0], self.through, self.numel)
-            views = self._views.get(lane)
-            if views is None or views[0].data_ptr() != buffer.data_ptr():
-                views = self._views[lane] = split_like(buffer, self.sources)
+            if lane not in self._casts or self._casts[lane][0] is not buffer:
+                views = split_like(buffer, self.sources)
+                self._casts[lane] = (buffer, views, self._repeated(views))
+            _, views, operands = self._casts[lane]
             torch._foreach_copy_(views, self.sources)
-            operands = self._repeated(views)
         if self.averages == 1:
             torch._foreach_lerp_(self.shadows, operands, weights[0])
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class CheckpointReader:
     ) -> None:
         """Do what was planned, on this rank alone."""
         turn = turns(sum(r.stop - r.start for r in requests), sum(len(r.runs) for r in requests))
-        with OpenFiles() as files:
+        with closing(OpenFiles()) as files:
 
             def run(request: Request) -> None:
                 self._run(self._file(files, request), request, compare, turn)
@@ -117,7 +117,7 @@ class CheckpointReader:
 
         ``decide`` may stop that after some turns, on all ranks alike; returns the rest, for ``read_requests``.
         """
-        with OpenFiles() as files:
+        with closing(OpenFiles()) as files:
 
             def fetch(request: Request, buffer: memoryview) -> None:
                 self._fetch(self._file(files, request), request, buffer)

@@ -310,19 +310,18 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += [(prefix + n, child) for n, child in reversed(module._modules.items()) if child is not None]
 
 
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters under each of their names: a faster ``named_parameters(remove_duplicate=False)``."""
-    for prefix, module in _named_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}.{name}" if prefix else name, parameter
+    return _named_tensors(_named_modules(model), ("_parameters",))
 
 
-def _named_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(
+    modules: Iterable[tuple[str, nn.Module]], kinds: Sequence[str] = ("_parameters", "_buffers")
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and buffers under each of their names."""
     for prefix, module in modules:
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+        for kind in kinds:
+            for name, tensor in getattr(module, kind).items():
                 if tensor is not None:
                     yield f"{prefix}.{name}" if prefix else name, tensor
 

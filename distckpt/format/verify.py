@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -272,7 +273,7 @@ def _check_blocks(
             findings.count(run_nbytes(run), progress)
 
     with (
-        OpenFiles() as files,
+        closing(OpenFiles()) as files,
         ThreadPoolExecutor(max(1, min(threads, len(jobs))), thread_name_prefix="distckpt-verify") as pool,
     ):
         reader = files.over(store)

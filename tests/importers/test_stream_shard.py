@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
+from builders import Together
 
 from distckpt.boxes import Box
 from distckpt.format.placing import Piece
 from distckpt.format.shard import plan_shard
 from distckpt.importers.stream_shard import write_pieces
-from distckpt.storage import MemoryStore
 
 REQUEST = 1 << 20
 NAME = "step-0000000001/g0001-a0/00000-of-00001.safetensors"
-
-
-class Together(MemoryStore):
-    """A store whose data writes go on when ``count`` of them are under way."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.writing = threading.Barrier(count)
-
-    def open_writer(self, name: str, size: int) -> Any:
-        opened = super().open_writer(name, size)
-        write = opened.write_at
-
-        def write_at(offset: int, data: memoryview) -> None:
-            if offset:
-                self.writing.wait(20)
-            write(offset, data)
-
-        opened.write_at = write_at  # type: ignore[method-assign]
-        return opened
 
 
 @pytest.mark.parametrize("making", [1, 2])

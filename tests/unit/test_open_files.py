@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_each_file_is_opened_once_and_closed_at_the_end(tmp_path: Path, monkeypa
     for number in range(5):
         store.create(f"f{number}", b"%04d" % number)
     before = os.listdir("/proc/self/fd")
-    with OpenFiles() as files:
+    with closing(OpenFiles()) as files:
         for _ in range(4):
             assert [read(files, store, f"f{n}") for n in range(5)] == [b"%04d" % n for n in range(5)]
         assert store.counters["opens"] == 3 + 4 * 2  # three are kept

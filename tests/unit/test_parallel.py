@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
+from builders import Together
 
 from distckpt.boxes import Box
 from distckpt.dcp import parallel, writer
@@ -14,7 +14,6 @@ from distckpt.dcp.parallel import run_all, turns
 from distckpt.dcp.writer import write_shard
 from distckpt.format.placing import Piece
 from distckpt.storage.direct import REQUEST
-from distckpt.storage.memory import MemoryStore
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -86,7 +85,7 @@ class Counted(threading.Semaphore):
 
 def test_one_thread_fills_while_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four requests are under way at once, though never two of them are hashed and copied at once."""
-    turn, writing = Counted(1), threading.Barrier(4)
+    turn = Counted(1)
     monkeypatch.setattr(writer, "turns", lambda nbytes, pieces: turn)
     payload = np.random.default_rng(0).bytes(4 * REQUEST)
     size = REQUEST // 4  # 16 pieces, four to a request
@@ -94,20 +93,7 @@ def test_one_thread_fills_while_others_write(monkeypatch: pytest.MonkeyPatch) ->
     def source(piece: int) -> memoryview:
         return memoryview(payload)[piece * size : (piece + 1) * size]
 
-    class Slow(MemoryStore):
-        def open_writer(self, name: str, size: int) -> Any:
-            opened = super().open_writer(name, size)
-            write = opened.write_at
-
-            def write_at(offset: int, data: memoryview) -> None:
-                if offset:
-                    writing.wait(20)
-                write(offset, data)
-
-            opened.write_at = write_at  # type: ignore[method-assign]
-            return opened
-
-    store, name = Slow(), "step-0000000001/g0001-a0/00000-of-00001.safetensors"
+    store, name = Together(4), "step-0000000001/g0001-a0/00000-of-00001.safetensors"
     pieces = [Piece(f"t{i}", "uint8", (size,), Box.whole((size,))) for i in range(16)]
     written = write_shard(
         store, name, pieces, source, rank=0, world_size=1, save_id="s", objects={}, threads=4
