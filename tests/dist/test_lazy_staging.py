@@ -254,8 +254,11 @@ def test_who_waits_takes_the_chunks_itself(tmp_path: Path, monkeypatch: pytest.M
     assert_saved(tmp_path, 1, wanted)
 
 
-def test_background_threads_are_few_and_of_low_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_threads_are_few_and_of_low_priority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: Callable[[str], None]
+) -> None:
     monkeypatch.setattr(writer, "REQUEST", 4096)
+    arm("writer.chunk:0:sleep=0.3")  # one thread rests, so that the other has to write too
     found: list[tuple[str, int]] = []
 
     class Trace(list[str]):
