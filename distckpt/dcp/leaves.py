@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.boxes import Box
 from distckpt.errors import IncompatibleState
-from distckpt.format.layout import Layout, Mesh, held_boxes, interned
+from distckpt.format.layout import Held, Layout, Mesh, held_boxes, interned
 
 REPLICATED = "replicated"
 """The same value on every rank that has it; checked by digest."""
@@ -137,35 +137,51 @@ def _checked(fqn: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def _dtensor_leaf(fqn: str, value: DTensor) -> TensorLeaf:
-    placements = tuple(_placement_text(fqn, p) for p in value.placements)
-    layout = Layout(_mesh_of(value.device_mesh), placements)
-    local = _checked(fqn, value.to_local().detach())
     shape = tuple(value.shape)
+    share = _share(fqn, value, shape)
+    local = _checked(fqn, value.to_local().detach())
+    if local.numel() != share.numel and value.device_mesh.get_coordinate() is not None:
+        raise IncompatibleState(
+            f"{fqn}: rank {torch.distributed.get_rank()} holds {tuple(local.shape)} but {share.layout.placements} of {shape} "
+            f"on mesh {share.layout.mesh.shape} says {share.numel} elements; was it built by from_local without its global "
+            "shape?"
+        )
     parts = []
-    if value.device_mesh.get_coordinate() is not None:
-        rank = torch.distributed.get_rank()
-        for held in held_boxes(shape, layout, rank):
-            whole = held.box.sizes == local.shape  # the usual case, without an operation
-            parts.append((held.box, local if whole else local[Box(held.local, held.box.sizes).slices]))
-        held_numel = sum(box.numel for box, _ in parts)
-        if held_numel != local.numel():
-            raise IncompatibleState(
-                f"{fqn}: rank {rank} holds {tuple(local.shape)} but {placements} of {shape} on mesh "
-                f"{layout.mesh.shape} says {held_numel} elements; was it built by from_local without its global shape?"
-            )
-    return TensorLeaf(fqn, dtype_name(value.dtype), shape, layout, tuple(parts))
+    for held in share.held:
+        whole = held.box.sizes == local.shape  # the usual case, without an operation
+        parts.append((held.box, local if whole else local[Box(held.local, held.box.sizes).slices]))
+    return TensorLeaf(fqn, dtype_name(local.dtype), shape, share.layout, tuple(parts))
 
 
-_MESHES: weakref.WeakKeyDictionary[Any, Mesh] = weakref.WeakKeyDictionary()
+class _Share(NamedTuple):
+    """A tensor's layout, and what this rank holds in it: nothing outside the mesh."""
+
+    layout: Layout
+    held: tuple[Held, ...]
+    numel: int
 
 
-def _mesh_of(device_mesh: Any) -> Mesh:
-    """Return a device mesh's ranks; once for each mesh, not once for each of its tensors."""
+_MESHES: weakref.WeakKeyDictionary[Any, tuple[Mesh, dict[Any, _Share]]] = weakref.WeakKeyDictionary()
+_MOST_SHARES = 4096
+
+
+def _share(fqn: str, value: DTensor, shape: tuple[int, ...]) -> _Share:
+    """Return what this rank holds of a DTensor; worked out once for a mesh, placements and a shape."""
+    device_mesh, placements = value.device_mesh, value.placements
     known = _MESHES.get(device_mesh)
     if known is None:
         grid = device_mesh.mesh
-        known = _MESHES[device_mesh] = interned(Mesh(tuple(grid.shape), tuple(grid.flatten().tolist())))
-    return known
+        known = _MESHES[device_mesh] = (interned(Mesh(tuple(grid.shape), tuple(grid.flatten().tolist()))), {})
+    mesh, shares = known
+    key = (shape, placements, tuple(map(type, placements)))  # a strided shard may call itself equal to a plain one
+    if key not in shares:
+        layout = Layout(mesh, tuple(_placement_text(fqn, p) for p in placements))
+        inside = device_mesh.get_coordinate() is not None
+        held = tuple(held_boxes(shape, layout, torch.distributed.get_rank())) if inside else ()
+        if len(shares) >= _MOST_SHARES:
+            shares.clear()
+        shares[key] = _Share(layout, held, sum(h.box.numel for h in held))
+    return shares[key]
 
 
 def _placement_text(fqn: str, placement: Any) -> str:

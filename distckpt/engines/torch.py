@@ -7,6 +7,7 @@ collective is called, and the optimizer is never stepped to make room for its st
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -88,19 +89,26 @@ class TorchEngine:
         return before_steps(call, self.optimizers)
 
     def _add_model(self, state: State) -> None:
-        # First: under FSDP2 it reshards what forward left unsharded. Variables themselves: a detached DTensor costs 30 µs.
-        tensors = self.model.state_dict(keep_vars=True)
         modules = list(_named_modules(self.model))
-        live = {clean_fqn(n): t for n, t in _named_tensors(modules)}
+        entries: list[tuple[str, Any, torch.Tensor | None]]
+        if all(_is_plain(module) for _, module in modules):  # a walk of torch's own costs as much as all else here
+            entries = [(key, tensor, tensor) for key, tensor in _named_tensors(modules, persistent=True)]
+        else:
+            # First: under FSDP2 it reshards what forward left unsharded. Variables themselves: a detached DTensor costs 30 µs.
+            values = self.model.state_dict(keep_vars=True)
+            live = {clean_fqn(n): t for n, t in _named_tensors(modules)}
+            entries = [(key, value, live.get(clean_fqn(key))) for key, value in values.items()]
         first: dict[int, str] = {}
-        trained = (name for name, t in live.items() if t.requires_grad and isinstance(t, nn.Parameter))
-        self._trained = frozenset(map(MODEL.__add__, trained))
         synced = _synced_buffers(modules)
+        trained = []
         self._copies, self._others = {}, {}
         with torch.no_grad():  # in which a DTensor's to_local() is a look, and no operation of autograd
-            for key, value in tensors.items():
-                fqn = clean_fqn(key)
-                self._add_entry(state, MODEL + fqn, key, value, live.get(fqn), first, synced)
+            for key, value, source in entries:
+                name = MODEL + clean_fqn(key)
+                if source is not None and source.requires_grad and isinstance(source, nn.Parameter):
+                    trained.append(name)
+                self._add_entry(state, name, key, value, source, first, synced)
+        self._trained = frozenset(trained)
 
     def _add_entry(
         self,
@@ -316,14 +324,40 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _named_tensors(
-    modules: Iterable[tuple[str, nn.Module]], kinds: Sequence[str] = ("_parameters", "_buffers")
+    modules: Iterable[tuple[str, nn.Module]],
+    kinds: Sequence[str] = ("_parameters", "_buffers"),
+    *,
+    persistent: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and buffers under each of their names."""
+    """Yield parameters and buffers (the ``persistent`` ones only) under each of their names."""
     for prefix, module in modules:
+        absent = module._non_persistent_buffers_set if persistent else ()
         for kind in kinds:
             for name, tensor in getattr(module, kind).items():
-                if tensor is not None:
+                if tensor is not None and not (name in absent and kind == "_buffers"):
                     yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's part of ``state_dict`` is its parameters and persistent buffers, and nothing else has a say."""
+    kind: Any = type(module)
+    own = module.__dict__
+    return _is_plain_type(kind) and not (
+        own["_state_dict_hooks"]
+        or own["_state_dict_pre_hooks"]
+        or "state_dict" in own  # as PEFT's recipes set it on a single module
+        or "_save_to_state_dict" in own
+        or "get_extra_state" in own
+    )
+
+
+@lru_cache(maxsize=1024)
+def _is_plain_type(kind: Any) -> bool:
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        and kind.get_extra_state is nn.Module.get_extra_state
+    )
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, str]:

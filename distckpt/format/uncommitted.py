@@ -39,7 +39,9 @@ def _read_attempts(store: Store, commit: Committed) -> frozenset[str]:
     return attempts_of(commit, read_manifest(store, commit))
 
 
-def uncommitted(store: Store, needed: Callable[[Store, Committed], Iterable[str]] = _read_attempts) -> list[Uncommitted]:
+def uncommitted(
+    store: Store, needed: Callable[[Store, Committed], Iterable[str]] = _read_attempts
+) -> list[Uncommitted]:
     """Return the attempts that no manifest needs, of whatever step, by step and name. Raises ``StoreError``.
 
     ``needed``: the same as ``attempts_of`` from a caller who has read the manifests before.
