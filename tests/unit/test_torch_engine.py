@@ -47,7 +47,7 @@ def with_hook(module: nn.Module) -> None:
     def doubled(_: nn.Module, state: Any, prefix: str, __: Any) -> None:
         state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
 
-    module.register_state_dict_post_hook(doubled)
+    module.register_state_dict_post_hook(doubled)  # type: ignore[no-untyped-call]
 
 
 def with_pre_hook(module: nn.Module) -> None:
