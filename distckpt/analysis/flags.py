@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol
 
 from distckpt.analysis.stats import Change
 from distckpt.engines.base import MODEL, OPTIM_STATE
-from distckpt.engines.torch import split_state_names
+from distckpt.engines.param_state import split_state_names
 from distckpt.errors import ConfigError
 
 Severity = Literal["problem", "warning"]

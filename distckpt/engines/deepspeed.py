@@ -19,8 +19,9 @@ from distckpt.engines import zero
 from distckpt.engines.base import MODEL, OPTIM_STATE, clean_fqn
 from distckpt.engines.deepspeed_counters import Counters
 from distckpt.engines.deepspeed_state import PartitionedState
+from distckpt.engines.param_state import Saved
 from distckpt.engines.step_hook import before_steps
-from distckpt.engines.torch import Saved, TorchEngine
+from distckpt.engines.torch import TorchEngine
 from distckpt.errors import IncompatibleState
 
 COUNTERS = "engine.deepspeed"

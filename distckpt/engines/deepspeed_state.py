@@ -16,7 +16,7 @@ from distckpt.dcp.buffers import zeros_like
 from distckpt.dcp.leaves import GROUPS, State, TensorLeaf, torch_dtype
 from distckpt.engines import zero
 from distckpt.engines.base import OPTIM_GROUPS, OPTIM_STATE
-from distckpt.engines.torch import Saved, add_tied_state, group_settings, split_state_names
+from distckpt.engines.param_state import Saved, add_tied_state, group_settings, split_state_names
 from distckpt.errors import IncompatibleState
 
 HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})

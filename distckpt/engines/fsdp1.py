@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
 from distckpt.dcp.leaves import GROUPS, State
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE, clean_fqn
-from distckpt.engines.torch import Saved, add_tied_state, add_value, group_settings
+from distckpt.engines.param_state import Saved, add_tied_state, add_value, group_settings
 
 
 def has_fsdp1(model: nn.Module) -> bool:

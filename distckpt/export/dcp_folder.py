@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from distckpt.dcp.leaves import torch_dtype, tree_refs, unflatten_tree
 from distckpt.engines.base import MODEL, OPTIM_STATE
-from distckpt.engines.torch import split_state_names
+from distckpt.engines.param_state import split_state_names
 from distckpt.export.stream import Offer, Progress, Stream, new_folder
 
 

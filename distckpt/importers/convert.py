@@ -11,7 +11,7 @@ from typing import Any, Final
 from distckpt.config import DEFAULT_THREADS
 from distckpt.dcp.leaves import tree_refs
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE
-from distckpt.engines.torch import split_state_names
+from distckpt.engines.param_state import split_state_names
 from distckpt.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, IncompatibleState
 from distckpt.export.dcp_folder import export_dcp_folder
 from distckpt.export.huggingface import MAX_SHARD, export_huggingface

@@ -13,7 +13,7 @@ from typing import Any
 from distckpt.boxes import Box
 from distckpt.dcp.leaves import tree_refs
 from distckpt.engines.base import MODEL, OPTIM_GROUPS, OPTIM_STATE
-from distckpt.engines.torch import split_state_names
+from distckpt.engines.param_state import split_state_names
 from distckpt.errors import IncompatibleState
 from distckpt.export.stream import Buffer, Offer, Stream
 from distckpt.format import typed_json

@@ -6,8 +6,7 @@ none does. What was loaded, missing, unexpected and re-derived is always reporte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,32 +16,21 @@ from distckpt.boxes import Box
 from distckpt.clock import Deadline
 from distckpt.dcp import share
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.leaves import DROP_ON_RESIZE, State, TensorLeaf, torch_dtype, tree_refs, unflatten_tree
+from distckpt.dcp.leaves import DROP_ON_RESIZE, State, unflatten_tree
 from distckpt.dcp.read_plan import Request
 from distckpt.dcp.reader import CheckpointReader, Want
-from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, has_groups
+from distckpt.engines.base import ENGINE, MODEL, OPTIM_STATE
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
 from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
 from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
 from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
+from distckpt.manager.matching import Matched, first_names, match_names, refuse_misfits
 from distckpt.manager.reading import Restore, group_offers, groups_with, may_share, offers, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
 MAX_SENTENCES = 100
-
-
-@dataclass(slots=True)
-class _Matched:
-    """A load whose names are matched and whose targets exist."""
-
-    report: LoadReport
-    state: State
-    extras: dict[str, torch.Tensor]
-    objects: dict[str, Any]
-    optimizer: bool
-    problems: list[str]
 
 
 def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
@@ -53,14 +41,14 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     every rank: ``CorruptCheckpoint`` (the caller may fall back to an older checkpoint; live tensors may hold parts of
     the damaged one until then), or ``IncompatibleState``.
     """
-    matched: list[_Matched] = []
+    matched: list[Matched] = []
     planned: list[Request] = []
     saved = load.reader.manifest
     every = sorted({*saved.tensors, *saved.aliases, *saved.objects, *saved.per_rank})
     shared = may_share(agreement.world_size, load)
 
     def match() -> list[str]:
-        found = _match_here(agreement.rank, agreement.world_size, load)
+        found = match_names(agreement.world_size, load)
         matched.append(found)
         told = [offer_names(agreement, every, found.report.unexpected)]
         if shared and not found.problems and not (load.options.strict and found.report.missing):
@@ -79,7 +67,7 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
     unexpected = names_of(answer, every, matched[0].report.unexpected)
 
     def read() -> list[str]:
-        _refuse_here(load, matched[0], unexpected)
+        refuse_misfits(load, matched[0], unexpected)
         if not planned:
             planned.extend(_plan_here(load, matched[0]))
         read_planned(agreement, f"{key}/bytes", load, planned, groups_with(agreement.rank, groups))
@@ -133,50 +121,12 @@ def _together(
     return list(combined)
 
 
-def _match_here(rank: int, world_size: int, load: Restore) -> _Matched:
-    reader, options, manifest = load.reader, load.options, load.reader.manifest
-    saved = {fqn: (entry.dtype, tuple(entry.shape)) for fqn, entry in manifest.tensors.items()}
-    saved |= {alias: saved[target] for alias, target in manifest.aliases.items()}
-    in_optimizer = [n for n in (*saved, *manifest.objects) if n.startswith("optim.")]
-    optimizer = any(map(options.wants, in_optimizer))
-    without = options.wants(OPTIM_GROUPS) and not in_optimizer and has_groups(load.engine)
-    state = load.engine.prepare(saved, optimizer=optimizer)
-    load.components.add_targets(state, {n: entry for n, entry in saved.items() if options.wants(n)})
-    report = LoadReport(
-        path=load.path,
-        step=manifest.step,
-        generation=manifest.generation,
-        epoch=manifest.epoch,
-        metrics={k: typed_json.decode(v) for k, v in manifest.metrics.items()},
-        model_config=typed_json.decode(manifest.config),
-        saved_world_size=manifest.world_size,
-        world_size=world_size,
-    )
-    objects = {n: typed_json.decode(v) for n, v in manifest.objects.items() if options.wants(n)}
-    if OPTIM_GROUPS in objects:
-        objects[OPTIM_GROUPS] = _with_tied(objects[OPTIM_GROUPS], manifest.aliases)
-    extras = _saved_part_tensors(objects, load.components, state, saved)
-    _match(report, state, reader, load.components, options, set(extras))
-    if without:
-        report.missing = sorted([*report.missing, OPTIM_GROUPS])  # the live optimizer stays as it is, not in silence
-    loaded = set(report.loaded)
-    live = [leaf for leaf in state.tensors.values() if leaf.fqn in loaded]
-    problems = [problem for leaf in live if (problem := _misfit(leaf, reader, options, report))]
-    return _Matched(report, state, extras, objects, optimizer, problems)
-
-
-def _plan_here(load: Restore, matched: _Matched, *, apart: bool = False) -> list[Request]:
+def _plan_here(load: Restore, matched: Matched, *, apart: bool = False) -> list[Request]:
     wants = fill_small(_wants(matched.state, matched.extras, matched.report), load.small, load.reader.manifest)
     return load.reader.plan(wants, apart=apart)
 
 
-def _refuse_here(load: Restore, matched: _Matched, unexpected: set[str]) -> None:
-    matched.report.unexpected = sorted(unexpected)
-    has_optimizer = any(name.startswith("optim.") for name in matched.state.objects)
-    _refuse_misfits(matched.report, matched.problems, load.options, has_optimizer)
-
-
-def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
+def _place_here(rank: int, load: Restore, matched: Matched) -> None:
     report, state, reader, options = matched.report, matched.state, load.reader, load.options
     tensors = {leaf.fqn: leaf.parts[0][1] for leaf in state.tensors.values() if leaf.parts} | matched.extras
     load.engine.finish(set(report.loaded), matched.objects, optimizer=matched.optimizer)
@@ -187,109 +137,6 @@ def _place_here(rank: int, load: Restore, matched: _Matched) -> None:
         _prove(report, reader, live, load.config.threads)
     report.read_bytes, report.wanted_bytes = reader.stats.read_bytes, reader.stats.wanted_bytes
     report.headers_read = reader.index.opened
-
-
-def _with_tied(groups: list[dict[str, Any]], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return param groups that also name tied parameters by their other names, under which they may live here."""
-    names: dict[str, list[str]] = {}
-    for alias, target in aliases.items():
-        if alias.startswith(MODEL):
-            names.setdefault(target.removeprefix(MODEL), []).append(alias.removeprefix(MODEL))
-    return [{**g, "params": [n for p in g["params"] for n in (p, *names.get(p, ()))]} for g in groups]
-
-
-def _saved_part_tensors(
-    objects: dict[str, Any], components: Components, state: State, saved: dict[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, torch.Tensor]:
-    """Allocate host tensors for what saved parts refer to but live ones lack (also the user's extra state)."""
-    extras = {}
-    for name, tree in objects.items():
-        if name in components.parts or name == EXTRA:
-            for ref in tree_refs(tree):
-                if ref not in state.tensors:
-                    dtype, shape = saved[ref]
-                    extras[ref] = torch.empty(shape, dtype=torch_dtype(dtype))
-    return extras
-
-
-def _match(
-    report: LoadReport,
-    state: State,
-    reader: CheckpointReader,
-    components: Components,
-    options: LoadOptions,
-    extras: set[str],
-) -> None:
-    """Fill loaded, missing, unexpected (here: not on this rank) and skipped."""
-    manifest = reader.manifest
-    saved_names = {*manifest.tensors, *manifest.aliases, *manifest.objects, *manifest.per_rank}
-    live = {*state.tensors, *state.aliases, *state.objects, *components.parts, *extras}
-    if options.load_rng_state and components.config.save_rng_state:
-        live.add(RNG)
-    optimizer_live = any(n.startswith("optim.") for n in live)
-    for name in sorted(saved_names | live):
-        in_optimizer = optimizer_live and name.startswith(OPTIM_STATE) and name in manifest.objects
-        known = name in live or name == EXTRA or in_optimizer
-        if not options.wants(name) or (name.startswith(ENGINE) and (name not in live or name not in saved_names)):
-            report.skipped.append(name)  # an engine's own counters mean nothing to another engine
-        elif name in saved_names and known:
-            report.loaded.append(name)
-        elif name in saved_names:
-            report.unexpected.append(name)
-        elif state.aliases.get(name) not in saved_names:  # a tied name is there under its other name
-            report.missing.append(name)
-
-
-def _refuse_misfits(report: LoadReport, problems: list[str], options: LoadOptions, optimizer_live: bool) -> None:
-    """Raise ``IncompatibleState`` for shapes and dtypes that differ, and if strict for names on one side only."""
-    problems = list(problems)
-    if options.strict and report.missing:
-        problems.append(f"not in the checkpoint: {_few(report.missing)}")
-    if options.strict and report.unexpected:
-        without = not optimizer_live and any(n.startswith("optim.") for n in report.unexpected)
-        hint = (
-            " (it has optimizer state, but no optimizer was given: pass one, or load_optimizer=False)"
-            if without
-            else ""
-        )
-        problems.append(f"in the checkpoint but not here: {_few(report.unexpected)}{hint}")
-    if problems:
-        raise IncompatibleState(
-            f"checkpoint {report.path} does not fit: {'; '.join(problems[:10])}. Fix the model or the optimizer, or load "
-            "less: include=/exclude= patterns, strict=False"
-        )
-
-
-def _misfit(leaf: TensorLeaf, reader: CheckpointReader, options: LoadOptions, report: LoadReport) -> str | None:
-    entry = reader.manifest.tensors[reader.index.resolve(leaf.fqn)]
-    if tuple(entry.shape) != leaf.shape:
-        return f"{leaf.fqn} has shape {list(leaf.shape)} here and {entry.shape} in the checkpoint"
-    if entry.dtype == leaf.dtype:
-        return None
-    if options.cast == "any" or (
-        options.cast == "exact" and _widens(torch_dtype(entry.dtype), torch_dtype(leaf.dtype))
-    ):
-        report.cast.append(leaf.fqn)
-        return None
-    return f"{leaf.fqn} is {leaf.dtype} here and {entry.dtype} in the checkpoint (cast='any' would round it)"
-
-
-def _widens(saved: torch.dtype, live: torch.dtype) -> bool:
-    """Whether every value of one dtype exists in the other: within floats, complex, or integers of one signedness."""
-    alike = (
-        saved.is_floating_point == live.is_floating_point
-        and saved.is_complex == live.is_complex
-        and saved.is_signed == live.is_signed
-        and torch.bool not in (saved, live)
-    )
-    try:
-        return alike and torch.promote_types(saved, live) == live
-    except RuntimeError:  # float8 kinds promote to nothing; float32 holds all of them
-        return alike and live in (torch.float32, torch.float64)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _wants(state: State, extras: dict[str, torch.Tensor], report: LoadReport) -> list[Want]:
@@ -389,11 +236,11 @@ def _prove(report: LoadReport, reader: CheckpointReader, live: State, threads: i
     stats = proof.read(wants, threads=threads, compare=True)
     if stats.mismatches:
         raise IncompatibleState(
-            f"after loading {report.path} the live state differs from it in {_few(sorted(stats.mismatches))}; something between "
-            "storage and the tensors is wrong (a hook, a cast, a wrapper): do not train on"
+            f"after loading {report.path} the live state differs from it in {first_names(sorted(stats.mismatches))}; "
+            "something between storage and the tensors is wrong (a hook, a cast, a wrapper): do not train on"
         )
     expected = {n for n in loaded if n.startswith((MODEL, OPTIM_STATE)) and n in reader.manifest.tensors}
     absent = expected - set(leaves)
     if absent:
-        raise IncompatibleState(f"after loading, the live state lacks {_few(sorted(absent))}")
+        raise IncompatibleState(f"after loading, the live state lacks {first_names(sorted(absent))}")
     report.proved = len(leaves)

@@ -16,7 +16,7 @@ from torch import nn
 
 from distckpt import CheckpointConfig, CheckpointManager, open_checkpoint, resume_training
 from distckpt.dcp import reader
-from distckpt.engines.torch import _named_modules, _named_parameters
+from distckpt.engines.module_walk import named_modules, named_parameters
 from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState, UnserializableState
 
 
@@ -47,10 +47,10 @@ def test_modules_are_walked_as_torch_walks_them() -> None:
     model.register_module("nothing", None)
     model.register_parameter("none", None)
     model.register_parameter("own", shared[0].weight)
-    walked = list(_named_modules(model))
+    walked = list(named_modules(model))
     assert walked == list(model.named_modules(remove_duplicate=False))
     assert [name for name, _ in walked].count("b.0.1.0") == 1
-    parameters, wanted = list(_named_parameters(model)), list(model.named_parameters(remove_duplicate=False))
+    parameters, wanted = list(named_parameters(model)), list(model.named_parameters(remove_duplicate=False))
     assert [(name, id(p)) for name, p in parameters] == [(name, id(p)) for name, p in wanted]
     assert len(parameters) == 9
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from distckpt import CheckpointConfig, CheckpointManager, failpoints
 from distckpt.dcp import writer
 from distckpt.format import digest as digests
-from distckpt.manager.restore import LoadReport
+from distckpt.manager.report import LoadReport
 
 LIMIT = 2  # checkpoints that the job keeps
 HEALTHY = 2  # saves of each job before the one that may go wrong: the third removes an old checkpoint
