@@ -40,6 +40,7 @@ READ_THREADS = 12
 
 Fewer where ranks share few processors: six for each processor of a rank, but four in any case. Where requests wait for a
 far service and not for a device, as many as the caller allows."""
+SAMPLES = 16
 HELD = 256 << 10
 """Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
 
@@ -133,6 +134,18 @@ class CheckpointReader:
                 group, requests, fetch=fetch, verify=self._verify_all, deliver=deliver, threads=depth
             )
             return work.run(decide)
+
+    def in_memory(self, requests: Sequence[Request]) -> bool:
+        """Whether memory has the bytes of some requests, as far as a page each of ``SAMPLES`` of them can tell."""
+        page = memoryview(bytearray(ALIGNMENT))
+        with closing(OpenFiles()) as files:
+
+            def cached(request: Request) -> bool:
+                nbytes = min(ALIGNMENT, request.stop - request.start)
+                with self._named(request):
+                    return self._file(files, request).read_cached(request.start, nbytes, lambda: [page[:nbytes]])
+
+            return bool(requests) and all(map(cached, requests[:: -(-len(requests) // SAMPLES)]))
 
     def _depth(self, threads: int) -> int:
         if self.store.capabilities.latency:

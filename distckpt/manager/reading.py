@@ -44,10 +44,14 @@ def may_share(world_size: int, load: Restore) -> bool:
     return together and (mode == "always" or (mode == "auto" and nbytes >= share.LEAST_BYTES))
 
 
-def offers(planned: Sequence[Request]) -> list[str]:
-    """Return what a rank tells the others of what it wants: of each kind a digest and a number of bytes."""
+def offers(load: Restore, planned: Sequence[Request]) -> list[str]:
+    """Return what a rank tells the others of what it wants: of each kind a digest and a number of bytes.
+
+    None where its memory has them already (the page cache, of an earlier load): one copy and no rank waits for another.
+    """
     kinds = [[r for r in planned if r.kind == kind] for kind in KINDS]
-    return [f"{share.fingerprint(wanted)} {share.size_of(wanted)}" for wanted in kinds]
+    alone = load.config.share_loads == "auto" and load.reader.in_memory(planned)
+    return [f"{share.fingerprint(wanted)} {0 if alone else share.size_of(wanted)}" for wanted in kinds]
 
 
 def group_offers(by_rank: Sequence[Sequence[str]], least: int) -> list[str]:

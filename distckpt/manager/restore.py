@@ -53,7 +53,7 @@ def restore(agreement: Agreement, key: str, load: Restore) -> LoadReport:
         told = [offer_names(agreement, every, found.report.unexpected)]
         if shared and not found.problems and not (load.options.strict and found.report.missing):
             planned.extend(_plan_here(load, found, apart=True))
-            told += offers(planned)
+            told += offers(load, planned)
         return told
 
     def common(by_rank: Sequence[Sequence[str]]) -> list[str]:

@@ -25,6 +25,7 @@ from distckpt.dcp.reader import CheckpointReader
 from distckpt.errors import CorruptCheckpoint, StoreError
 from distckpt.format.shard import StoredBox
 from distckpt.storage import posix_reader
+from distckpt.storage.direct import address
 
 WIDTH = 200
 
@@ -142,6 +143,43 @@ def test_a_link_that_does_not_pay_ends_the_sharing(saved: Path) -> None:
     assert alone[0]["read"] < sum(r["read"] for r in turned) < 2 * alone[0]["read"]
     assert sum(r["read"] for r in went_on) == alone[0]["read"]
     assert all(equal(r["state"], alone[0]["state"]) for r in (*turned, *went_on))
+
+
+def test_what_memory_has_already_is_not_shared(saved: Path) -> None:
+    for shard in saved.rglob("*.safetensors"):
+        shard.read_bytes()
+    alone = run_ranks(2, load, saved, "never", 64 << 10)
+    cached = run_ranks(2, load, saved, "auto", 64 << 10, 2, True)
+    forced = run_ranks(2, load, saved, "always", 64 << 10)
+    assert [r["read"] for r in cached] == [r["read"] for r in alone]
+    assert sum(r["read"] for r in forced) == alone[0]["read"]
+    assert all(equal(r["state"], alone[0]["state"]) for r in (*cached, *forced))
+
+
+def load_watched(rank: int, root: Path) -> list[bool]:
+    """Load by common memory; returns of every read whether it went there."""
+    made, fetch, common, into = share.common_memory, CheckpointReader._fetch, [], []
+
+    def kept(*args: Any) -> Any:
+        found = made(*args)
+        common.extend(buffer for member in found or () for buffer in member)
+        return found
+
+    def watched(self: CheckpointReader, file: Any, request: Request, buffer: memoryview) -> None:
+        where = address(buffer)
+        into.append(any(address(part) <= where < address(part) + len(part) for part in common))
+        fetch(self, file, request, buffer)
+
+    share.common_memory, CheckpointReader._fetch = kept, watched  # type: ignore[method-assign]
+    load(rank, root, "always", 64 << 10)
+    assert common
+    return into
+
+
+def test_disks_read_into_huge_pages_and_never_into_common_memory(saved: Path) -> None:
+    for into in run_ranks(2, load_watched, saved):
+        assert into
+        assert not any(into)
 
 
 def load_hsdp(rank: int, root: Path, mode: str) -> int:
