@@ -45,7 +45,7 @@ from distckpt.clock import Deadline
 from distckpt.dcp.leaves import TensorLeaf
 from distckpt.engines.deepspeed_guard import is_deepspeed
 from distckpt.engines.step_hook import pass_fences
-from distckpt.errors import AgreementError, ConfigError, DistckptError, IncompatibleState, ReplicasDiffer
+from distckpt.errors import AgreementError, ConfigError, DistckptError, IncompatibleState, ReplicasDiffer, first_names
 from distckpt.format import digest as digests
 
 STALE: Final = (
@@ -221,9 +221,9 @@ class Averager:
             bad = not_finite(live.averaged)
             if bad:
                 raise IncompatibleState(
-                    f"rank {line.rank} has weights that are NaN or infinite: {', '.join(bad[:5])}"
-                    f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; nothing was changed on any rank. Load its last good "
-                    "checkpoint, or give it weight 0 to take the others' mean"
+                    f"rank {line.rank} has weights that are NaN or infinite: {first_names(bad, 5)}; "
+                    "nothing was changed on any rank. Load its last good checkpoint, or give it weight 0 to take the others' "
+                    "mean"
                 )
         leaves = (*live.averaged.values(), *buffers.values())
         kinds = dict(kind_of(leaf, line.rank) for leaf in leaves)

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from distckpt.dcp.leaves import TensorLeaf
-from distckpt.errors import ConfigError, IncompatibleState, ReplicasDiffer
+from distckpt.errors import ConfigError, IncompatibleState, ReplicasDiffer, first_names
 
 PLAIN: Final = "plain"
 Row = tuple[str, str, tuple[int, ...], str]
@@ -190,10 +190,9 @@ def describe_difference(tables: Mapping[int, Sequence[Row]]) -> str:
     texts = []
     for rank in ranks[1:]:
         rows = {row[0]: row for row in tables[rank]}
-        texts += [f"rank {rank} lacks {_some(sorted(base.keys() - rows.keys()))}"] if base.keys() - rows.keys() else []
-        texts += (
-            [f"rank {rank} alone has {_some(sorted(rows.keys() - base.keys()))}"] if rows.keys() - base.keys() else []
-        )
+        lacking, alone = sorted(base.keys() - rows.keys()), sorted(rows.keys() - base.keys())
+        texts += [f"rank {rank} lacks {first_names(lacking, 5)}"] if lacking else []
+        texts += [f"rank {rank} alone has {first_names(alone, 5)}"] if alone else []
         for name in sorted(base.keys() & rows.keys()):
             if tuple(rows[name]) != tuple(base[name]):
                 texts.append(f"{name} is {_row(rows[name])} on rank {rank} and {_row(base[name])} on rank {ranks[0]}")
@@ -203,8 +202,3 @@ def describe_difference(tables: Mapping[int, Sequence[Row]]) -> str:
 
 def _row(row: Row) -> str:
     return f"{row[1]}{list(row[2])}" + ("" if row[3] == PLAIN else f" as {row[3]}")
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -16,7 +16,7 @@ from typing import Final, Literal
 from distckpt.averaging.arithmetic import AVERAGEABLE, common_dtype
 from distckpt.averaging.sources import Member
 from distckpt.engines.base import MODEL
-from distckpt.errors import ConfigError, IncompatibleState
+from distckpt.errors import ConfigError, IncompatibleState, first_names
 from distckpt.export.stream import CHUNK, Stream
 from distckpt.format.dtypes import itemsize
 
@@ -113,9 +113,9 @@ def _check_names(members: Sequence[Member]) -> None:
     for member in members[:-1]:
         missing, extra = newest.names.keys() - member.names.keys(), member.names.keys() - newest.names.keys()
         if missing:
-            problems.append(f"{member.label} lacks {_few(missing)}")
+            problems.append(f"{member.label} lacks {first_names(sorted(missing), 8)}")
         if extra:
-            problems.append(f"{newest.label} lacks {_few(extra)}, which {member.label} has")
+            problems.append(f"{newest.label} lacks {first_names(sorted(extra), 8)}, which {member.label} has")
     if problems:
         raise IncompatibleState(
             f"the checkpoints hold different tensors: {'; '.join(problems[:5])}; nothing was averaged"
@@ -215,14 +215,10 @@ def _with_statistics(
     if differing and rules.batchnorm == "refuse":
         raise IncompatibleState(
             f"BatchNorm statistics cannot be averaged (a mean of variances lacks the spread between the means): "
-            f"{_few(differing)}. Recompute them over training data (batchnorm=RecomputeBatchNorm(model, batches)), or take "
-            "the newest checkpoint's on purpose (batchnorm='copy_newest')"
+            f"{first_names(sorted(differing), 8)}. Recompute them over training data "
+            "(batchnorm=RecomputeBatchNorm(model, batches)), or take the newest checkpoint's on purpose "
+            "(batchnorm='copy_newest')"
         )
     newest = {n: replace(tensors[n], how="newest", dtype=tensors[n].streams[-1].dtype) for n in found}
-    notes = [f"BatchNorm statistics of the newest checkpoint: {_few(differing)}"] if differing else []
+    notes = [f"BatchNorm statistics of the newest checkpoint: {first_names(sorted(differing), 8)}"] if differing else []
     return tensors | newest, notes
-
-
-def _few(names: Sequence[str] | set[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")

@@ -10,7 +10,7 @@ import typer
 
 from distckpt.cli import options
 from distckpt.cli.output import Column, byte_progress, clean, one_line, print_json, print_table, size_text
-from distckpt.errors import ConfigError
+from distckpt.errors import ConfigError, first_names
 
 if TYPE_CHECKING:
     from distckpt.analysis.diff import Diff, TensorDiff
@@ -148,8 +148,7 @@ def _side(facts: Facts) -> str:
 
 
 def _few(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return clean(", ".join(names[:most])) + more
+    return clean(first_names(names, most))
 
 
 def _kind_row(tensor: TensorDiff) -> list[str]:

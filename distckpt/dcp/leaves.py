@@ -163,6 +163,7 @@ class _Share(NamedTuple):
 
 _MESHES: weakref.WeakKeyDictionary[Any, tuple[Mesh, dict[Any, _Share]]] = weakref.WeakKeyDictionary()
 _MOST_SHARES = 4096
+"""Kept for a mesh at most: shapes that come and go do not pile up."""
 
 
 def _share(fqn: str, value: DTensor, shape: tuple[int, ...]) -> _Share:

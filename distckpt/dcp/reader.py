@@ -41,6 +41,7 @@ READ_THREADS = 12
 Fewer where ranks share few processors: six for each processor of a rank, but four in any case. Where requests wait for a
 far service and not for a device, as many as the caller allows."""
 SAMPLES = 16
+"""Requests of which a page tells whether memory has all of them."""
 HELD = 256 << 10
 """Fewer bytes, of small tensors, are copied without letting other threads in: they wait for the disk, not for this one."""
 
@@ -142,8 +143,9 @@ class CheckpointReader:
 
             def cached(request: Request) -> bool:
                 nbytes = min(ALIGNMENT, request.stop - request.start)
+                file = self._file(files, request)
                 with self._named(request):
-                    return self._file(files, request).read_cached(request.start, nbytes, lambda: [page[:nbytes]])
+                    return file.read_cached(request.start, nbytes, lambda: [page[:nbytes]])
 
             return bool(requests) and all(map(cached, requests[:: -(-len(requests) // SAMPLES)]))
 

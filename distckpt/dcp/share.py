@@ -1,8 +1,8 @@
 """Replicated loads: ranks that want the same bytes read each of them once, and pass them on to each other.
 
 DCP's load reads replicated data once per rank (torchtitan issue 4035); the way out is ByteCheckpoint's (arXiv 2407.20143):
-every rank of a group reads its share, then they exchange. Ranks of one host have the bytes in common memory, and who read
-them verifies them there, before the others look. Elsewhere bytes travel as they are stored and each rank verifies all.
+every rank of a group reads its share, then they exchange. Ranks of one host have the bytes in common memory, to which
+who read them copies what is verified. Elsewhere bytes travel as they are stored and each rank verifies all.
 """
 
 from __future__ import annotations

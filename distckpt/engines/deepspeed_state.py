@@ -17,7 +17,7 @@ from distckpt.dcp.leaves import GROUPS, State, TensorLeaf, torch_dtype
 from distckpt.engines import zero
 from distckpt.engines.base import OPTIM_GROUPS, OPTIM_STATE
 from distckpt.engines.param_state import Saved, add_tied_state, group_settings, split_state_names
-from distckpt.errors import IncompatibleState
+from distckpt.errors import IncompatibleState, first_names
 
 HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Settings of a param group that say how this process computes, not what: a load leaves them as they are."""
@@ -206,5 +206,4 @@ def _common(key: str, found: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _few(partition: zero.Partition) -> str:
-    names = [slot.fqn for slot in partition.slots]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return first_names([slot.fqn for slot in partition.slots], 3)

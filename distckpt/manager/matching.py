@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 from distckpt.dcp.leaves import State, TensorLeaf, torch_dtype, tree_refs
 from distckpt.dcp.reader import CheckpointReader
 from distckpt.engines.base import ENGINE, MODEL, OPTIM_GROUPS, OPTIM_STATE, has_groups
-from distckpt.errors import IncompatibleState
+from distckpt.errors import IncompatibleState, first_names
 from distckpt.format import typed_json
 from distckpt.manager.components import EXTRA, RNG, Components
 from distckpt.manager.reading import Restore
 from distckpt.manager.report import LoadOptions, LoadReport
+
+NAMES = 6
+"""Names that a message shows of a list of them."""
 
 
 @dataclass(slots=True)
@@ -72,9 +75,9 @@ def refuse_misfits(load: Restore, matched: Matched, unexpected: set[str]) -> Non
     report.unexpected = sorted(unexpected)
     problems = list(matched.problems)
     if options.strict and report.missing:
-        problems.append(f"not in the checkpoint: {first_names(report.missing)}")
+        problems.append(f"not in the checkpoint: {first_names(report.missing, NAMES)}")
     if options.strict and report.unexpected:
-        problems.append(f"in the checkpoint but not here: {first_names(report.unexpected)}{_hint(matched)}")
+        problems.append(f"in the checkpoint but not here: {first_names(report.unexpected, NAMES)}{_hint(matched)}")
     if problems:
         raise IncompatibleState(
             f"checkpoint {report.path} does not fit: {'; '.join(problems[:10])}. Fix the model or the optimizer, or load "
@@ -167,8 +170,3 @@ def _widens(saved: torch.dtype, live: torch.dtype) -> bool:
         return alike and torch.promote_types(saved, live) == live
     except RuntimeError:  # float8 kinds promote to nothing; float32 holds all of them
         return alike and live in (torch.float32, torch.float64)
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Return the first six names as text, and how many more there are."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -21,12 +21,12 @@ from distckpt.dcp.read_plan import Request
 from distckpt.dcp.reader import CheckpointReader, Want
 from distckpt.engines.base import ENGINE, MODEL, OPTIM_STATE
 from distckpt.engines.rng import derive_rng, restore_rng, rng_differences
-from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState
+from distckpt.errors import CorruptCheckpoint, DistckptError, IncompatibleState, first_names
 from distckpt.format import typed_json
 from distckpt.format.manifest import Manifest
 from distckpt.manager.components import EXTRA, RNG, Components, LeafStateful
 from distckpt.manager.exchange import common_names, fill_small, names_of, offer_names
-from distckpt.manager.matching import Matched, first_names, match_names, refuse_misfits
+from distckpt.manager.matching import NAMES, Matched, match_names, refuse_misfits
 from distckpt.manager.reading import Restore, group_offers, groups_with, may_share, offers, read_planned
 from distckpt.manager.report import LoadOptions, LoadReport
 
@@ -236,11 +236,11 @@ def _prove(report: LoadReport, reader: CheckpointReader, live: State, threads: i
     stats = proof.read(wants, threads=threads, compare=True)
     if stats.mismatches:
         raise IncompatibleState(
-            f"after loading {report.path} the live state differs from it in {first_names(sorted(stats.mismatches))}; "
+            f"after loading {report.path} the live state differs from it in {first_names(sorted(stats.mismatches), NAMES)}; "
             "something between storage and the tensors is wrong (a hook, a cast, a wrapper): do not train on"
         )
     expected = {n for n in loaded if n.startswith((MODEL, OPTIM_STATE)) and n in reader.manifest.tensors}
     absent = expected - set(leaves)
     if absent:
-        raise IncompatibleState(f"after loading, the live state lacks {first_names(sorted(absent))}")
+        raise IncompatibleState(f"after loading, the live state lacks {first_names(sorted(absent), NAMES)}")
     report.proved = len(leaves)

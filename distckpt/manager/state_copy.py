@@ -17,7 +17,7 @@ from distckpt import clock, failpoints
 from distckpt.dcp.buffers import is_plain_memory, move
 from distckpt.dcp.parallel import run_all
 from distckpt.dcp.writer import Staged
-from distckpt.errors import SnapshotFailed
+from distckpt.errors import SnapshotFailed, first_names
 
 CHUNK = 8 << 20
 """Bytes that a thread copies at a time."""
@@ -196,7 +196,7 @@ class StateCopy:
     def _wait(self, timeout_s: float) -> None:
         with self._lock:
             if not self._lock.wait_for(lambda: not self._in_hand, timeout_s):
-                raise TimeoutError(f"not copied within {timeout_s:g} s: {_some(self._in_hand)}")
+                raise TimeoutError(f"not copied within {timeout_s:g} s: {first_names(self._in_hand, 8)}")
 
     def _examine(self) -> None:
         """Look for changes, unless they are allowed by now; the lock is held."""
@@ -206,7 +206,7 @@ class StateCopy:
         if self.changed and self._error is None:
             self._over = True
             self._error = RuntimeError(
-                f"{_some(self.changed)} changed while a lazy save was under way; call manager.fence() before changing "
+                f"{first_names(self.changed, 8)} changed while a lazy save was under way; call manager.fence() before changing "
                 "weights or optimizer state by other means than optimizer.step()"
             )
 
@@ -247,7 +247,3 @@ def _middle_word(tensor: torch.Tensor) -> bytes:
     return ctypes.string_at(
         tensor.data_ptr() + nbytes // 2 // WORD * WORD, min(WORD, nbytes - nbytes // 2 // WORD * WORD)
     )
-
-
-def _some(fqns: Sequence[str]) -> str:
-    return ", ".join(fqns[:8]) + (f" and {len(fqns) - 8} more" if len(fqns) > 8 else "")
