@@ -15,7 +15,6 @@ import torch
 
 from distckpt import clock, failpoints
 from distckpt.dcp.buffers import is_plain_memory, move
-from distckpt.dcp.parallel import run_all
 from distckpt.dcp.writer import Staged
 from distckpt.errors import SnapshotFailed, first_names
 
@@ -87,13 +86,15 @@ class StateCopy:
         return self._error is not None
 
     def run(self, threads: int) -> None:
-        """Copy everything on so many threads while the caller waits; raises ``SnapshotFailed``.
+        """Copy everything on so many threads, of which the caller's is one; raises ``SnapshotFailed``.
 
         Device copies are then under way: ``synchronize`` waits for them, after ``order_streams`` the device does.
         """
-        run_all(lambda _: self._work(0.0), range(threads), threads, "stage")
-        if self._error is not None:
-            raise self._failure() from self._error
+        for _ in range(threads - 1):
+            threading.Thread(target=self._work, args=(0.0,), name="distckpt-stage", daemon=True).start()
+        self._work(0.0)  # two new threads may start on one processor, and stay there for ticks
+        self._wait(None)
+        self._raise()
 
     def synchronize(self) -> None:
         """Wait for device copies."""
@@ -134,15 +135,13 @@ class StateCopy:
         with self._lock:
             self._examine()
             self._settled = True
-        if self._error is not None:
-            raise self._failure() from self._error
+        self._raise()
 
     def check(self) -> None:
         """Raise ``SnapshotFailed`` if the copy is not that of one moment."""
         with self._lock:
             self._examine()
-        if self._error is not None:
-            raise self._failure() from self._error
+        self._raise()
 
     def _work(self, pause: float) -> None:
         while True:
@@ -193,7 +192,7 @@ class StateCopy:
             with torch.cuda.stream(stream):
                 room.copy_(tensor, non_blocking=True)
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float | None) -> None:
         with self._lock:
             if not self._lock.wait_for(lambda: not self._in_hand, timeout_s):
                 raise TimeoutError(f"not copied within {timeout_s:g} s: {first_names(self._in_hand, 8)}")
@@ -215,8 +214,11 @@ class StateCopy:
             self._over = True
             self._error = self._error or error
 
-    def _failure(self) -> SnapshotFailed:
-        return SnapshotFailed(f"the state was not copied: {type(self._error).__name__}: {self._error}")
+    def _raise(self) -> None:
+        if isinstance(self._error, Exception):
+            raise SnapshotFailed(f"the state was not copied: {type(self._error).__name__}: {self._error}") from self._error
+        if self._error is not None:
+            raise self._error  # the thread that waits was interrupted
 
 
 def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:
