@@ -49,7 +49,7 @@ class Pool:
             ours, theirs = socket.socketpair()
             env = {
                 "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.world)),
-                "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=524288",  # as the launchers of launch/ do
+                "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=65536",  # as the launchers of launch/ do
                 "GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "attempts:0", "TORCH_CPP_LOG_LEVEL": "ERROR",
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(self.world),

@@ -24,7 +24,7 @@ TORCHRUN=("$PYTHON" "$ROOT/launch/torchrun_exit.py" --nproc-per-node "${NPROC:-a
 TORCHRUN+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Large copies in host memory go past the caches: docs/storage.md, "Copies in host memory".
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=524288}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=65536}
 
 if [[ ${LAUNCHER:-deepspeed} == torchrun && ${NNODES:-1} == 1 ]]; then
     exec "${TORCHRUN[@]}" --standalone --local-addr 127.0.0.1 "${TRAIN[@]}"

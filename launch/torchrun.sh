@@ -15,7 +15,7 @@ NPROC=${NPROC:-auto}                                  # auto: one per GPU; torch
 TORCHRUN=("$PYTHON" "$ROOT/launch/torchrun_exit.py")  # torchrun that leaves with 85 when the job was preempted
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Large copies in host memory go past the caches: docs/storage.md, "Copies in host memory".
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=524288}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.cpu.x86_non_temporal_threshold=65536}
 
 # After a SIGTERM torchrun waits this long for its workers before it kills them: the time a last save has.
 SHUTDOWN=(--shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}")
