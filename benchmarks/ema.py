@@ -292,8 +292,12 @@ def judge_update(results: Results) -> list[Test]:
                         why=ours.error or "not measured in this run", void=ours.only_void))  # fmt: skip
     ours, theirs = (results.one("llama8b float32", UPDATE, peer) for peer in (OURS, SWA))
     ratio = theirs.seconds / ours.seconds if ours.seconds and theirs.seconds else None
-    void = ours.only_void or theirs.only_void
-    return [*out, Test("AveragedModel ÷ ours", ratio, 4.0, None, unit="×", void=void)]
+    void, share = ours.only_void or theirs.only_void, theirs.fraction()
+    return [
+        *out,
+        Test("AveragedModel ÷ ours", ratio, 4.0, None, unit="×", void=void),
+        Test("AveragedModel ÷ bound", 1 / share if share else None, None, None, unit="×", void=theirs.only_void),
+    ]
 
 
 def judge_stall(results: Results) -> list[Test]:
