@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,39 @@ def test_several_threads_copy_the_same_bytes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(staging, "CHUNK", 1)
     monkeypatch.setattr(state_copy, "CHUNK", 64)
     check_three_times("cpu")
+
+
+def test_the_thread_that_waits_makes_its_share_of_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_copy, "CHUNK", 4096)
+    monkeypatch.setattr(staging, "CHUNK", 4096)
+    monkeypatch.setattr(staging, "copy_threads", lambda: 2)
+    seen: list[str] = []
+    both, move = threading.Barrier(2), state_copy.move
+
+    def watched(target: int, source: int, nbytes: int) -> None:
+        seen.append(threading.current_thread().name)
+        if len(seen) <= 2:
+            both.wait(30)  # neither goes on alone
+        move(target, source, nbytes)
+
+    monkeypatch.setattr(state_copy, "move", watched)
+    views = [torch.randn(1024) for _ in range(8)]
+    StagingArena().stage(pieces_of(views), views)
+    assert set(seen) == {threading.current_thread().name, "distckpt-stage"}
+    assert len(seen) == len(views)
+
+
+def test_an_interrupted_copy_is_an_interruption_and_no_failed_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    views = [torch.randn(1024)]
+    arena = StagingArena()
+    with monkeypatch.context() as patch:
+        patch.setattr(state_copy, "move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            arena.stage(pieces_of(views), views)
+    assert raw(views[0]) in bytes(arena.stage(pieces_of(views), views).image)
 
 
 def test_a_large_arena_asks_for_huge_pages() -> None:
