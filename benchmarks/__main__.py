@@ -19,8 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import measures, plots, report
-from benchmarks.jobs import Job, all_jobs
-from benchmarks.peers import HOMES
+from benchmarks.jobs import Job, all_jobs, peer_names
 from benchmarks.pool import RanksFailed
 from benchmarks.run import Bench, Settings, json_lines
 
@@ -47,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> Settings:
     """Return what is asked for, with defaults filled in; raises ``SystemExit`` for unknown names."""
     peers = tuple(name for name in args.peers.split(",") if name)
-    unknown = sorted(set(peers) - set(HOMES)) + sorted(set(args.only) - {job.name for job in all_jobs()})
+    unknown = sorted(set(peers) - set(peer_names())) + sorted(set(args.only) - {job.name for job in all_jobs()})
     if unknown:
         parser().error(f"unknown: {', '.join(unknown)}; --list names workloads and peers")
     nbytes = args.mbytes * 1e6 if args.mbytes else FULL_BYTES if args.full else QUICK_BYTES
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.list:
         print("\n".join(f"{job.name:14} {job.title}{' (full)' if job.full else ''}" for job in all_jobs()))
-        print("peers:", ", ".join(HOMES))
+        print("peers:", ", ".join(peer_names()))
         return 0
     settings = settings_of(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends ranks and removes what was written

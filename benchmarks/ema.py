@@ -38,6 +38,8 @@ THREE, SEED = "distckpt, 3 decays", "per-tensor formula"
 HUGE = "distckpt, weights in huge pages"
 SWA, SWA_FOREACH = "AveragedModel avg_fn", "AveragedModel multi_avg_fn"
 EMA_PYTORCH, TIMM = "ema-pytorch foreach", "timm V3, fp32 shadow"
+PEERS = (SEED, TIMM, SWA, SWA_FOREACH, EMA_PYTORCH)
+"""Whom ``--peers`` may name besides ours."""
 PACKAGES = {EMA_PYTORCH: "ema-pytorch", TIMM: "timm", SWA: "torch", SWA_FOREACH: "torch"}
 UPDATE, STALL = "ema update", "ema stall"
 BESIDE = "distckpt, as many bytes without an EMA"

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from benchmarks import tasks
 from benchmarks.limits import drop_caches
-from benchmarks.peers import OURS
+from benchmarks.peers import HOMES, OURS
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
 from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle, together
@@ -333,6 +333,12 @@ def all_jobs() -> list[Job]:
     for slot in SLOTS:
         jobs += slot_module(slot).jobs()
     return jobs
+
+
+def peer_names() -> list[str]:
+    """Return all that ``--peers`` may name: adapters, and those of slots whose names have no comma."""
+    slots = [name for slot in SLOTS for name in getattr(slot_module(slot), "PEERS", ())]
+    return list(dict.fromkeys([*HOMES, *(name for name in slots if "," not in name)]))
 
 
 def _state(workload: str, world: int, savers: Sequence[str], background: Sequence[str], bench: Bench, *,

@@ -346,6 +346,8 @@ def test_arguments() -> None:
     assert "zero" in [job.name for job in program.chosen(jobs.all_jobs(), full)]
     with pytest.raises(SystemExit):
         program.settings_of(program.parser().parse_args(["--only", "nothing"]))
+    named = program.settings_of(program.parser().parse_args(["--peers", "distckpt,AveragedModel avg_fn,eager loop"]))
+    assert named.peers == ("distckpt", "AveragedModel avg_fn", "eager loop"), "those of slots have names too"
 
 
 def test_the_best_point_of_a_sweep_is_the_limit() -> None:
