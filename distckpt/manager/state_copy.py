@@ -92,8 +92,10 @@ class StateCopy:
         """
         for _ in range(threads - 1):
             threading.Thread(target=self._work, args=(0.0,), name="distckpt-stage", daemon=True).start()
-        self._work(0.0)  # two new threads may start on one processor, and stay there for ticks
-        self._wait(None)
+        try:
+            self._work(0.0)  # two new threads may start on one processor, and stay there for ticks
+        finally:
+            self._wait(None)
         self._raise()
 
     def synchronize(self) -> None:
@@ -160,6 +162,8 @@ class StateCopy:
                     self._move(part)
             except BaseException as error:
                 self._fail(error)
+                if not isinstance(error, Exception):
+                    raise  # this thread was interrupted; for all others the copy has failed
             finally:
                 self._put_down(chunk)
             if pause:
@@ -215,10 +219,10 @@ class StateCopy:
             self._error = self._error or error
 
     def _raise(self) -> None:
-        if isinstance(self._error, Exception):
-            raise SnapshotFailed(f"the state was not copied: {type(self._error).__name__}: {self._error}") from self._error
         if self._error is not None:
-            raise self._error  # the thread that waits was interrupted
+            raise SnapshotFailed(
+                f"the state was not copied: {type(self._error).__name__}: {self._error}"
+            ) from self._error
 
 
 def _chunks(tasks: Sequence[Task]) -> Iterator[list[_Move]]:

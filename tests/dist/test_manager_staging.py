@@ -14,6 +14,7 @@ from distckpt import failpoints, open_checkpoint
 from distckpt.boxes import Box
 from distckpt.dcp.leaves import dtype_name
 from distckpt.dcp.writer import Staged
+from distckpt.errors import SnapshotFailed
 from distckpt.format.placing import Piece
 from distckpt.manager import staging, state_copy
 from distckpt.manager.staging import StagingArena
@@ -118,6 +119,20 @@ def test_an_interrupted_copy_is_an_interruption_and_no_failed_save(monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             arena.stage(pieces_of(views), views)
     assert raw(views[0]) in bytes(arena.stage(pieces_of(views), views).image)
+
+
+def test_of_an_interrupted_settle_the_writing_thread_hears_that_the_copy_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state_copy, "move", interrupted)
+    views = [torch.randn(1024)]
+    copy = StagingArena().begin(pieces_of(views), views, ("t0",))
+    with pytest.raises(KeyboardInterrupt):
+        copy.settle(30)
+    for call in (copy.check, lambda: copy.settle(30)):  # a KeyboardInterrupt there would end the thread, and no rank be told
+        with pytest.raises(SnapshotFailed, match="KeyboardInterrupt"):
+            call()
 
 
 def test_a_large_arena_asks_for_huge_pages() -> None:
