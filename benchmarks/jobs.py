@@ -16,7 +16,7 @@ from types import ModuleType
 
 from benchmarks import tasks
 from benchmarks.limits import drop_caches
-from benchmarks.peers import HOMES, OURS
+from benchmarks.peers import HOMES, NO_CHECKSUMS, OURS
 from benchmarks.peers.base import files_of
 from benchmarks.pool import Pool
 from benchmarks.run import Bench, Row, folder_for, merged, palindrome, settle, together
@@ -139,8 +139,8 @@ class Pass:
                                    failed=self.failed)  # fmt: skip
                 continue
             cold, probe = partial(self._load, peer, files), self.bench.read_limit(files)
-            if peer == OURS:
-                probe = together(probe, self.bench.verified_read_limit(files))
+            if peer in (OURS, NO_CHECKSUMS):
+                probe = together(probe, self.bench.verified_read_limit(files, hashed=peer == OURS))
             self.bench.measure(self.about(part, peer, number), cold, probe, failed=self.failed)
             if warm and peer not in self.failed:
                 copy, cached = self.bench.copy_limit(self.reader(), self.nbytes), self.bench.cached_limit(files)
@@ -164,7 +164,7 @@ class Pass:
             about = self.about("background" if number else "first background", peer, number)
             probe = self.bench.copy_limit(self.writer(), self.nbytes)
             if peer == OURS:
-                probe = together(probe, self.bench.tensor_copy_limit(self.writer(), self.nbytes))
+                probe = together(probe, self.bench.staging_limit(self.writer()))
             work = partial(self._save, peer, tasks.background)
             with self.bench.once() if number == 0 else nullcontext():
                 self.bench.measure(about, work, probe, failed=self.failed)
@@ -187,7 +187,7 @@ def checksums(bench: Bench) -> None:
     """Save and load with and without digests, in turn."""
     with folder_for(bench, "checksums") as root:
         here = Pass(bench, _named(make_workload("llama8b", bench.settings.nbytes), "checksums"), 1, root)
-        peers = ("distckpt", "distckpt-no-checksums")
+        peers = (OURS, NO_CHECKSUMS)
         here.saves(peers)
         here.loads(peers, warm=False)
 

@@ -120,11 +120,13 @@ def verified_write(folder: Path, source: np.ndarray, nbytes: int, *, threads: in
     return _durable_write(folder, size, threads, write)
 
 
-def verified_read(paths: list[Path], memory: np.ndarray, *, threads: int, request: int) -> float:
-    """Return bytes a second of ``disk_read`` where every byte is hashed and copied into ``memory`` afterwards.
+def verified_read(
+    paths: list[Path], memory: np.ndarray, *, threads: int, request: int, hashed: bool = True
+) -> float:
+    """Return bytes a second of ``disk_read`` where every byte is ``hashed`` and copied into ``memory`` afterwards.
 
-    ``memory`` is like that of ``cached_read``: what a cold load with checksums can reach, tensors being where no direct
-    read can put them. Empty: bytes are hashed where they were read, as for an average.
+    ``memory`` is like that of ``cached_read``: what a cold load with checksums, or without, can reach, tensors being where
+    no direct read can put them. Empty: nothing is copied, bytes are hashed where they were read, as for an average.
     """
     fds = [_open_direct(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
     sizes = [(fd, path.stat().st_size) for fd, path in zip(fds, paths, strict=True)]
@@ -135,7 +137,8 @@ def verified_read(paths: list[Path], memory: np.ndarray, *, threads: int, reques
         total = 0
         for number, (fd, at) in jobs:
             got = os.preadv(fd, [buffer], at)
-            block_digests(buffer[:got])
+            if hashed:
+                block_digests(buffer[:got])
             if room is not None:
                 copy_memory(room[number * request : number * request + got], buffer[:got])
             total += got

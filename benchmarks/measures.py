@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import OURS
+from benchmarks.peers import NO_CHECKSUMS, OURS
 from benchmarks.report import Results, Summary
-from benchmarks.run import TENSORS, VERIFIED
+from benchmarks.run import COPIED, STAGING, VERIFIED
 
 MIB = 1 << 20
 
@@ -167,8 +167,8 @@ def stall(results: Results) -> list[Test]:
         raw = ours.fraction()
         out.append(Test(f"x{world} ÷ memcpy", 1 / raw if raw else None, 1.2, 1.05, at_least=False, unit="×",
                         why=_why(ours), void=ours.only_void))  # fmt: skip
-        pieces = ours.fraction(TENSORS)
-        out.append(Test(f"x{world} ÷ copy tensor by tensor", 1 / pieces if pieces else None, None, None, unit="×",
+        pieces = ours.fraction(STAGING)
+        out.append(Test(f"x{world} ÷ copy by tensors to idle memory", 1 / pieces if pieces else None, None, None, unit="×",
                         why=_why(ours), void=ours.only_void))  # fmt: skip
         best = results.best("llama8b", "background", results.dcp(), world, key="free_seconds")
         free, theirs = ours.median("free_seconds"), best.median("free_seconds") if best else None
@@ -208,12 +208,15 @@ def lost_time(results: Results) -> list[Test]:
 def checksums(results: Results) -> list[Test]:
     out = []
     for part in ("save", "cold load"):
-        on, off = (results.one("checksums", part, peer) for peer in (OURS, "distckpt-no-checksums"))
+        on, off = (results.one("checksums", part, peer) for peer in (OURS, NO_CHECKSUMS))
         value = on.seconds / off.seconds if on.seconds and off.seconds else None
         why = _why(on) if not on.rows else _why(off)
         void = on.only_void or off.only_void
         out.append(Test(part, value, 1.05, 1.01, at_least=False, unit="×", digits=3, why=why, void=void))
-    return out
+    hashed, copied = on.limit(VERIFIED), off.limit(COPIED)
+    least = copied / hashed if hashed and copied else None
+    what = "cold read that is hashed and copied ÷ only copied"
+    return [*out, Test(what, least, None, None, unit="×", digits=3, void=void)]
 
 
 def memory(results: Results) -> list[Test]:

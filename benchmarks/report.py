@@ -120,6 +120,11 @@ class Summary:
         except ValueError:
             return None
 
+    def limit(self, kind: str) -> float | None:
+        """Return the median of a limit, bytes a second; None if no turn has probed it."""
+        found = [row["limit"][kind] for row in self.rows if kind in row.get("limit", {})]
+        return statistics.median(found) if found else None
+
     def lost(self) -> float | None:
         """Return the median of lost training seconds a save."""
         try:

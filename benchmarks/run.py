@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -30,8 +31,10 @@ from distckpt.storage.probes import Point, best_point, differ, warm_caches
 Row = dict[str, Any]
 Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
-VERIFIED, TENSORS = "verified", "tensors"
-"""The raw disk with every byte hashed and copied; the raw copy tensor by tensor. No turn is void for what these do."""
+VERIFIED, COPIED, STAGING = "verified", "copied", "staging"
+"""The raw disk with every byte hashed and copied, or only copied; the raw copy tensor by tensor, to idle memory."""
+EXTRA = (VERIFIED, COPIED, STAGING)
+"""No turn is void for what these limits do."""
 
 
 def palindrome(peers: Sequence[str]) -> list[str]:
@@ -66,7 +69,7 @@ class Turns:
                 return
             after = probe()
             self._last = (probe, self.clock(), after)
-            void = differ(*({kind: rate for kind, rate in p.items() if kind not in (VERIFIED, TENSORS)} for p in (before, after)))
+            void = differ(*({kind: rate for kind, rate in p.items() if kind not in EXTRA} for p in (before, after)))
             mean = {kind: (before[kind] + after[kind]) / 2 for kind in before}
             yield {
                 **row, "attempt": attempt, "void": void, "limit": mean, "probes": [before, after], **foreign,
@@ -246,35 +249,45 @@ class Bench:
     def cached_limit(self, files: Sequence[Path]) -> Probe:
         """Return a probe of reading these files from the page cache and hashing them; of one process, of all processors."""
         large = [path for path in files if path.stat().st_size]
-        room = self._room(sum(path.stat().st_size + SPAN for path in large))
+        nbytes = sum(path.stat().st_size + SPAN for path in large)
 
         def probe() -> dict[str, float]:
             warm_caches(large)
-            return {"cached": limits.cached_read(large, room, request=SPAN)}
+            return {"cached": limits.cached_read(large, self._room(nbytes), request=SPAN)}
 
         return probe
 
     def verified_write_limit(self, nbytes: int) -> Probe:
         """Return a probe of hashing, copying and writing as many bytes; of one process."""
-        point, room = self.write_point, self._room(max(nbytes, self.write_point.request))
-        return lambda: {
-            VERIFIED: limits.verified_write(self.folder, room, nbytes, threads=point.threads, request=point.request)
-        }
-
-    def verified_read_limit(self, files: Sequence[Path]) -> Probe:
-        """Return a probe of reading these files directly, hashing and copying what they hold; of one process."""
-        point, large = self.read_point, [path for path in files if path.stat().st_size]
-        room = self._room(sum(path.stat().st_size + point.request for path in large))
+        point = self.write_point
 
         def probe() -> dict[str, float]:
-            return {VERIFIED: limits.verified_read(large, room, threads=point.threads, request=point.request)}
+            room = self._room(max(nbytes, point.request))
+            rate = limits.verified_write(self.folder, room, nbytes, threads=point.threads, request=point.request)
+            return {VERIFIED: rate}
+
+        return probe
+
+    def verified_read_limit(self, files: Sequence[Path], *, hashed: bool = True) -> Probe:
+        """Return a probe of reading these files directly, hashing (or not) and copying what they hold; of one process."""
+        point, large = self.read_point, [path for path in files if path.stat().st_size]
+        nbytes = sum(path.stat().st_size + point.request for path in large)
+
+        def probe() -> dict[str, float]:
+            room = self._room(nbytes)
+            rate = limits.verified_read(large, room, threads=point.threads, request=point.request, hashed=hashed)
+            return {VERIFIED if hashed else COPIED: rate}
 
         return probe
 
     def _room(self, nbytes: int) -> np.ndarray:
-        """Return at least so much memory whose first touch is over; always the same."""
+        """Return at least so much memory, always the same, each page touched just now.
+
+        A virtual machine's host may take back what lies idle for seconds; a job's tensors do not.
+        """
         if self._touched.size < nbytes:
             self._touched = np.ones(nbytes, np.uint8)
+        self._touched[:: mmap.PAGESIZE] += 1
         return self._touched
 
     def copy_limit(self, pool: Pool, nbytes: int) -> Probe:
@@ -288,13 +301,13 @@ class Bench:
 
         return probe
 
-    def tensor_copy_limit(self, pool: Pool, nbytes: int) -> Probe:
-        """Return a probe of copying the live state tensor by tensor, by all ranks and their threads at once."""
+    def staging_limit(self, pool: Pool) -> Probe:
+        """Return a probe of what a copy to a staging buffer can reach, by all ranks and their threads at once."""
         from benchmarks import tasks
 
         def probe() -> dict[str, float]:
-            starts, ends = zip(*pool.call(tasks.tensor_copy_limit), strict=True)
-            return {TENSORS: nbytes / (max(ends) - min(starts))}
+            starts, ends, sizes = zip(*pool.call(tasks.staging_limit), strict=True)
+            return {STAGING: sum(sizes) / (max(ends) - min(starts))}
 
         return probe
 

@@ -34,7 +34,9 @@ class Worker:
         from benchmarks.payload import Arena, Noise
 
         self.rank, self.world = rank, world
-        self.arena, self.scratch, self.noise = Arena(), Arena(), Noise()
+        self.arena, self.scratch, self.idle, self.noise = Arena(), Arena(), Arena(), Noise()
+        self.odd = False
+        """Which half of ``idle`` was used last."""
         self.live: Live | None = None
         self.peers: dict[str, Peer] = {}
         self.kept: dict[str, Any] = {}

@@ -29,7 +29,7 @@ HOMES = {
 }
 """Name of a peer: module and class."""
 
-OURS = "distckpt"
+OURS, NO_CHECKSUMS = "distckpt", "distckpt-no-checksums"
 
 
 def make(name: str) -> Peer:

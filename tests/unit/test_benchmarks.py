@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from benchmarks import __main__ as program
@@ -101,18 +100,15 @@ def test_the_two_limits_of_a_copy_are_those_of_the_same_threads() -> None:
     assert bench.copy_limit(TwoRanks(), 8)() == {"copy": 2.0}  # type: ignore[arg-type]
 
 
-def test_the_limit_of_a_staging_copies_every_tensor() -> None:
+def test_two_probes_of_a_staging_copy_every_tensor_once_to_memory_of_its_own() -> None:
     pieces = [np.full(size, 7 + size % 5, np.uint8) for size in (5, 1 << 20, 7, 0)]
     room = np.zeros(1 << 22, np.uint8)
     live = SimpleNamespace(locals=[SimpleNamespace(octets=p) for p in pieces], nbytes=sum(p.size for p in pieces))
-    worker = SimpleNamespace(live=live, scratch=SimpleNamespace(take=lambda nbytes: room), barrier=lambda: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        started, ended = tasks.tensor_copy_limit(worker)  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-    assert ended > started
+    idle = SimpleNamespace(take=lambda nbytes: room)
+    worker = SimpleNamespace(live=live, idle=idle, odd=False, barrier=lambda: None)
+    first, second = (tasks.staging_limit(worker) for _ in range(2))  # type: ignore[arg-type]
+    assert sorted((first[2], second[2])) == [12, 1 << 20]
+    assert first[1] > first[0]
     assert bytes(room[: live.nbytes]) == np.concatenate(pieces).tobytes()
     assert not room[live.nbytes :].any()
 
@@ -275,6 +271,15 @@ def test_amplification_and_factor_of_a_reshard() -> None:
     rows = [row(part="same layout", **about), row(part="reshard", seconds=2.3, counters=counters, **about)]
     factor, amplification = measures.reshard(report.Results(rows))
     assert (factor.what, factor.value, amplification.value) == ("rows to columns", pytest.approx(1.15), 1.04)
+
+
+def test_what_checksums_cost_stands_beside_what_they_cost_the_probes() -> None:
+    about: dict[str, Any] = {"workload": "checksums", "part": "cold load", "check": "equal"}
+    on = row(**about, seconds=3.3, limit={"read": GIB, "verified": 2 * GIB})
+    off = row(**about, seconds=3.0, peer="distckpt-no-checksums", limit={"read": GIB, "copied": 2.1 * GIB})
+    save, load, least = measures.checksums(report.Results([on, off]))
+    assert (save.value, load.value, least.value) == (None, pytest.approx(1.1), pytest.approx(1.05))
+    assert measures.checksums(report.Results([on]))[2].value is None
 
 
 # ---------------------------------------------------------------- files and arguments

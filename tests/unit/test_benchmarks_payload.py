@@ -210,3 +210,7 @@ def test_the_limits_with_checksums_hash_and_copy_every_byte(tmp_path: Path, monk
     assert not found[-4096:].any()
     assert limits.verified_read([path], np.empty(0, np.uint8), threads=2, request=1 << 20) > 0
     assert sum(hashed) == 2 * (wanted.size - 4096)
+    found[:] = 0
+    assert limits.verified_read([path], found, threads=2, request=1 << 20, hashed=False) > 0
+    assert sum(hashed) == 2 * (wanted.size - 4096)
+    assert bytes(found[:-4096]) == path.read_bytes()
