@@ -19,7 +19,7 @@ from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.cover import cover_of, whole_cover
 from distckpt.dcp.leaves import GROUPS, REPLICATED
 from distckpt.dcp.planner import Plan, Row, check_layouts, gathered, pieces_for
-from distckpt.dcp.tables import Table, decode_plan, decode_table, encode_plan, encode_table, merge_tables, part_of
+from distckpt.dcp.tables import Table, decode_plan, decode_table, encode_plan, merge_tables, part_of
 from distckpt.errors import SaveFailed
 from distckpt.format import digest as digests
 from distckpt.format.layout import Layout
@@ -35,11 +35,12 @@ class AgreedPlan:
     """A plan that all ranks have. ``id`` stands for all ranks' tables.
 
     ``held`` says who holds what, ``written`` who writes what: the same, except in a full save. The leader's are whole,
-    another rank's may lack tensors that it does not hold. ``cover`` stands for the boxes that this rank writes,
-    ``whole`` (leader) for what all ranks' must add up to (see ``cover.py``).
+    another rank's may lack tensors that it does not hold. ``table`` is the digest of this rank's own. ``cover`` stands for
+    the boxes that this rank writes, ``whole`` (leader) for what all ranks' must add up to (see ``cover.py``).
     """
 
     id: str
+    table: str
     held: Plan
     written: Plan
     placed: Placed
@@ -76,8 +77,6 @@ def agree_plan(
     no plan yet. ``full``: rank 0 writes every tensor whole (see ``dcp/full.py``). Raises ``ReplicasDiffer`` or
     ``IncompatibleState``, or the ``AgreementError`` of a leader that found one of them: on all ranks, naming ranks.
     """
-    encoded = encode_table(table)
-    digest = digests.digest(encoded)
     if cached is None and resumed is not None and not full:
         cached = recall(resumed, table, agreement.rank, agreement.world_size)
 
@@ -92,7 +91,7 @@ def agree_plan(
         return msgspec.json.encode([agreed, len(distinct), set(plans) == {agreed}])
 
     order: list[str] = []  # the leader's: every rank's table
-    payload = msgspec.json.encode([step, digest, cached.id if cached is not None else ""])
+    payload = msgspec.json.encode([step, table.digest, cached.id if cached is not None else ""])
     deadline = Deadline.after(timeout_s)
     agreed, classes, fits = msgspec.json.decode(agreement.round(f"{key}/plan", payload, decide, deadline=deadline))
     if fits:
@@ -102,47 +101,47 @@ def agree_plan(
         held = merge_tables([table] * agreement.world_size)
         check_layouts(held)
     else:
-        held = _merged(agreement, f"{key}/tables", agreed, digest, encoded, order, deadline, full=full)
-    return _planned(agreed, held, agreement.rank, full=full)
+        held = _merged(agreement, f"{key}/tables", agreed, table, order, deadline, full=full)
+    return _planned(agreed, table, held, agreement.rank, full=full)
 
 
-def _planned(agreed: str, held: Plan, rank: int, *, full: bool = False) -> AgreedPlan:
+def _planned(agreed: str, table: Table, held: Plan, rank: int, *, full: bool = False) -> AgreedPlan:
     written = gathered(held) if full else held
     placed = place(pieces_for(written, rank))
     cover = cover_of(((p.fqn, p.box) for p in placed.pieces), agreed)
     whole = whole_cover(((fqn, row.shape) for fqn, row in written.tensors.items()), agreed) if rank == 0 else None
-    return AgreedPlan(agreed, held, written, placed, cover, whole)
+    return AgreedPlan(agreed, table.digest, held, written, placed, cover, whole)
 
 
 def _merged(
     agreement: Agreement,
     key: str,
     agreed: str,
-    digest: str,
-    encoded: bytes,
+    table: Table,
     order: Sequence[str],
     deadline: Deadline,
     *,
     full: bool,
 ) -> Plan:
     """Send each distinct table to the leader, and return this rank's part of the plan (full saves: the whole)."""
-    agreement.post_blob(digest, encoded)
+    agreement.post_blob(table.digest, table.encoded)
     merged: list[Plan] = []
 
-    def name(table: str) -> str:
-        return f"{agreed}.{'all' if full else table}"
+    def name(digest: str) -> str:
+        return f"{agreed}.{'all' if full else digest}"
 
     def decide(_: list[bytes]) -> bytes:
-        tables = {d: decode_table(encoded if d == digest else agreement.get_blob(d)) for d in sorted(set(order))}
+        found = {d: table.encoded if d == table.digest else agreement.get_blob(d) for d in sorted(set(order))}
+        tables = {d: decode_table(encoded) for d, encoded in found.items()}
         plan = merge_tables([tables[d] for d in order])
         check_layouts(plan)
-        for d, table in [*tables.items()][: 1 if full else None]:
-            agreement.post_blob(name(d), encode_plan(plan if full else part_of(plan, table)))
+        for d, one in [*tables.items()][: 1 if full else None]:
+            agreement.post_blob(name(d), encode_plan(plan if full else part_of(plan, one)))
         merged.append(plan)
         return b""
 
     agreement.round(key, b"", decide, deadline=deadline)
-    return merged[0] if merged else decode_plan(agreement.get_blob(name(digest)))
+    return merged[0] if merged else decode_plan(agreement.get_blob(name(table.digest)))
 
 
 def recall(manifest: Manifest, table: Table, rank: int, world_size: int) -> AgreedPlan | None:
@@ -172,7 +171,7 @@ def recall(manifest: Manifest, table: Table, rank: int, world_size: int) -> Agre
     held = Plan(world_size, rows, dict(manifest.aliases), dict(entry.objects), sources, dict(entry.shared))
     try:
         check_layouts(held)
-        return _planned(entry.id, held, rank)
+        return _planned(entry.id, table, held, rank)
     except (ValueError, LookupError) as error:  # written by another version, or by hand: plan afresh
         log.info("the plan of step %d is not used: %s", manifest.step, error)
         return None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import msgspec
 
 from distckpt.dcp.planner import Plan, Row
 from distckpt.errors import IncompatibleState, ReplicasDiffer
+from distckpt.format import digest as digests
 from distckpt.format.box_columns import BoxColumns
 from distckpt.format.layout import Layout, Mesh, interned, replicated
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """What one rank holds, without any data: the same structure every save, so a digest of it can be compared."""
 
@@ -27,6 +28,16 @@ class Table:
     aliases: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
     """Object name to kind (``replicated``, ``per_rank``, ``drop_on_resize``, ``groups``)."""
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The table as canonical bytes."""
+        return encode_table(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """What is equal for equal tables, and for no others."""
+        return digests.digest(self.encoded)
 
 
 def encode_table(table: Table) -> bytes:

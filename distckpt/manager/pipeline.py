@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from distckpt.dcp.leaves import State
 from distckpt.dcp.planner import pieces_for
 from distckpt.dcp.replicas import tensor_claims
 from distckpt.dcp.saving import SaveRequest, encode_objects, save_error, table_of, write_and_commit
+from distckpt.dcp.tables import Table
 from distckpt.dcp.writer import Source
 from distckpt.engines.base import Engine, StepBound
 from distckpt.errors import (
@@ -86,29 +87,30 @@ class SavePipeline:
         save (``lazy_staging``, in the background) leaves for its job to copy: ``settle`` waits for that.
         """
         key, full = request.save_id, self.config.mode == "full"
+        lazy = background and self.config.lazy_staging
+        first, self._plan = self._plan, None
+        begun: StateCopy | None = None
         try:
             with self.agreement.guard(f"{key}/plan"):
                 state = self.engine.state(optimizer=self.config.save_optimizer)
                 self.components.add_to(state, extra_state)
-                objects = encode_objects(state)
-            first, self._plan = self._plan, None
-            resumed, self._resumed = self._resumed, None
-            agreed = agree_plan(
-                self.agreement,
-                key,
-                table_of(state),
-                first,
-                step=request.step,
-                timeout_s=self._left_s(),
-                full=full,
-                resumed=resumed,
-            )
+                objects, table = encode_objects(state), table_of(state)
+                if first is not None and first.table == table.digest and not (full or lazy):
+                    begun = self._start(first, state)
+            agreed = self._agree(request, table, first)
             with self.agreement.guard(f"{key}/begin"):
+                if begun is not None and agreed is not first:
+                    begun.stop()
+                    begun = None
                 replicas = tensor_claims(state, agreed.held, self.agreement.rank) if agreed is not first else {}
-                copy = self._begin(agreed, state) if background and self.config.lazy_staging else None
-                source = None if full or copy is not None else self._stage(agreed, state)
-        except AgreementError as error:
-            raise save_error(request.step, error) from error
+                copy = self._begin(agreed, state) if lazy else None
+                source = None if full or lazy else self._stage(agreed, state, begun)
+        except BaseException as error:
+            if begun is not None:
+                begun.stop()
+            if isinstance(error, AgreementError):
+                raise save_error(request.step, error) from error
+            raise
         self._plan = agreed
         filled = replace(
             request,
@@ -150,12 +152,33 @@ class SavePipeline:
         self.arena.release()
         self._saving.close()
 
-    def _stage(self, agreed: AgreedPlan, state: State) -> Source:
-        """Copy for a background save, or where bytes are not in host memory in order; else use them in place."""
+    def _start(self, plan: AgreedPlan, state: State) -> StateCopy | None:
+        """Begin to stage by the plan of the save before while the ranks find out whether it still is everyone's."""
+        views = _views(plan, state)
+        return self.arena.start(plan.placed, views) if self._stages(views) else None
+
+    def _agree(self, request: SaveRequest, table: Table, first: AgreedPlan | None) -> AgreedPlan:
+        resumed, self._resumed = self._resumed, None
+        return agree_plan(
+            self.agreement,
+            request.save_id,
+            table,
+            first,
+            step=request.step,
+            timeout_s=self._left_s(),
+            full=self.config.mode == "full",
+            resumed=resumed,
+        )
+
+    def _stages(self, views: Sequence[torch.Tensor]) -> bool:
+        """Whether to copy: for a background save, or where bytes are not in host memory in order; else they are used in place."""
+        return self.config.async_save or not all(view.is_cpu for view in views)
+
+    def _stage(self, agreed: AgreedPlan, state: State, begun: StateCopy | None) -> Source:
+        if begun is not None:
+            return self.arena.complete(begun)
         views = _views(agreed, state)
-        if self.config.async_save or not all(view.is_cpu for view in views):
-            return self.arena.stage(agreed.placed, views)
-        return HostBytes(views)
+        return self.arena.stage(agreed.placed, views) if self._stages(views) else HostBytes(views)
 
     def _begin(self, agreed: AgreedPlan, state: State) -> StateCopy:
         """Copy what forward and backward passes may change; return what is left to copy before the next step."""

@@ -36,15 +36,27 @@ class StagingArena:
         """Bytes of host memory held."""
         return self._image.numel()
 
-    def stage(self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor]) -> Staged:
-        """Copy the pieces' tensors (any device, any strides) into an image of the shard's data region.
+    def start(self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor]) -> StateCopy:
+        """Begin to copy the pieces' tensors (any device, any strides) into an image of the shard's data region.
 
-        On return the copies are complete: the caller may change the originals. Work already queued on the current
-        stream of a device is part of the snapshot.
+        Other threads copy meanwhile, until ``complete``, or until the copy's ``stop``: one of them has to follow. Work
+        already queued on the current stream of a device is part of the snapshot.
         """
         now, _ = self._copies(pieces, views, ())
-        now.synchronize()
-        return now.staged
+        now.start(max(1, self._helpers))
+        return now
+
+    def complete(self, copy: StateCopy) -> Staged:
+        """Copy what is left of what ``start`` has begun; on return the caller may change the originals."""
+        copy.run()
+        copy.synchronize()
+        return copy.staged
+
+    def stage(self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor]) -> Staged:
+        """Copy as ``start`` and ``complete`` do, with nothing in between."""
+        now, _ = self._copies(pieces, views, ())
+        now.start(self._helpers)
+        return self.complete(now)
 
     def begin(
         self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str] = ()
@@ -55,6 +67,8 @@ class StagingArena:
         were (inference tensors, devices other than CUDA) are copied at once all the same.
         """
         now, later = self._copies(pieces, views, settled)
+        now.start(self._helpers)
+        now.run()
         now.order_streams()
         return later
 
@@ -65,7 +79,7 @@ class StagingArena:
     def _copies(
         self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str]
     ) -> tuple[StateCopy, StateCopy]:
-        """Return what is copied by now, except on side streams, and what is left."""
+        """Return what is to be copied at once, and what may wait."""
         placed = place(pieces)
         starts, sizes = placed.offsets, placed.nbytes
         total = sum(sizes)
@@ -80,9 +94,14 @@ class StagingArena:
                 wait = piece.fqn in settled and view.device.type in ("cpu", "cuda") and not view.is_inference()
                 (later if wait else now).append((piece.fqn, view, start, size))
         self.copied_at_once = sum(size for *_, size in now)
-        at_once = StateCopy(now, self._image, streams, staged)
-        at_once.run(min(copy_threads(), -(-self.copied_at_once // CHUNK)))
-        return at_once, StateCopy(later, self._image, streams, staged, Watch(later))
+        return StateCopy(now, self._image, streams, staged), StateCopy(
+            later, self._image, streams, staged, Watch(later)
+        )
+
+    @property
+    def _helpers(self) -> int:
+        """Threads that copy beside the one that waits."""
+        return min(copy_threads(), -(-self.copied_at_once // CHUNK)) - 1
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):

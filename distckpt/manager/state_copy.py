@@ -53,9 +53,9 @@ class Watch:
 
 
 class StateCopy:
-    """A copy in progress. ``run`` (or ``complete``) and ``settle`` may be called from different threads at once.
+    """A copy in progress. ``start`` and ``run``, or ``complete`` and ``settle`` of different threads, see to it.
 
-    ``staged`` is its result, of which nothing may be used before ``check`` has returned.
+    ``staged`` is its result, of which nothing may be used before ``run`` or ``check`` has returned.
     """
 
     def __init__(
@@ -85,18 +85,27 @@ class StateCopy:
         """Whether it is known by now that the copy is no good."""
         return self._error is not None
 
-    def run(self, threads: int) -> None:
-        """Copy everything on so many threads, of which the caller's is one; raises ``SnapshotFailed``.
+    def start(self, threads: int) -> None:
+        """Begin to copy, on so many threads beside the caller's: ``run`` or ``stop`` has to follow."""
+        for _ in range(threads):
+            threading.Thread(target=self._work, args=(0.0,), name="distckpt-stage", daemon=True).start()
+
+    def run(self) -> None:
+        """Copy what is left on this thread too, and return when all is copied; raises ``SnapshotFailed``.
 
         Device copies are then under way: ``synchronize`` waits for them, after ``order_streams`` the device does.
         """
-        for _ in range(threads - 1):
-            threading.Thread(target=self._work, args=(0.0,), name="distckpt-stage", daemon=True).start()
         try:
             self._work(0.0)  # two new threads may start on one processor, and stay there for ticks
         finally:
             self._wait(None)
         self._raise()
+
+    def stop(self) -> None:
+        """Copy nothing more, and return when nothing is being copied: the copy is no good, its memory may be used again."""
+        self._fail(RuntimeError("stopped"))
+        self._wait(None)
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Wait for device copies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import failpoints, open_checkpoint, resume_training
 from distckpt.errors import ReplicasDiffer, SaveFailed
+from distckpt.manager import pipeline, state_copy
 from distckpt.manager.manager import CheckpointManager
 
 SCRIPT = """
@@ -152,3 +154,65 @@ def test_ranks_skip_and_fail_together(tmp_path: Path) -> None:
     assert "rank 1" in first
     assert "No space left" in first
     assert steps_in(tmp_path / "fails") == [2]
+
+
+def changed_while_copying(rank: int, root: Path) -> list[Any]:
+    """Pipeline stages: the copy begins by the plan of the save before, and holds only if that is still every rank's."""
+    model = torch.nn.Sequential()
+    model.add_module(f"stage{rank}", torch.nn.Linear(100, 100))
+    moved: list[str] = []
+    stopped: list[int] = []
+    move, stop, agree = state_copy.move, state_copy.StateCopy.stop, pipeline.agree_plan
+    out: list[Any] = []
+
+    def counted(target: int, source: int, nbytes: int) -> None:
+        moved.append(threading.current_thread().name)
+        move(target, source, nbytes)
+
+    def late(*args: Any, **options: Any) -> Any:
+        wait_for(lambda: len(moved) >= 2)  # weight and bias, before any rank knows what the others have
+        return agree(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, manager(
+        root, model, async_save=True, max_consecutive_failures=0
+    ) as m:  # fmt: skip
+        patch.setattr(state_copy, "move", counted)
+        patch.setattr(state_copy.StateCopy, "stop", lambda copy: stopped.append(1) or stop(copy))
+        for step in (1, 2, 3, 4, 5):
+            fill(model, step)
+            moved.clear()
+            if step == 2:
+                patch.setattr(pipeline, "agree_plan", late)
+            elif step == 3:
+                patch.setattr(pipeline, "agree_plan", agree)
+                if rank == 1:
+                    model.add_module("more", torch.nn.Linear(10, 10))
+                    fill(model, step)
+            elif step == 4:
+                with pytest.raises(SaveFailed, match="different steps"):
+                    m.save(step=40 + rank)
+                out.append([t.name for t in threading.enumerate() if t.name == "distckpt-stage"])
+            assert m.save(step=step) is not None
+            fill(model, -1.0)
+            m.wait()
+            out.append((step, set(moved) == {"distckpt-stage"}, len(stopped)))
+    return out
+
+
+def fill(model: torch.nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def test_a_copy_begun_before_the_ranks_agree_is_made_again_if_they_have_another_plan(tmp_path: Path) -> None:
+    first, second = run_ranks(2, changed_while_copying, tmp_path)
+    assert [told[2] for told in first if len(told) == 3] == [0, 0, 1, 2, 2]  # another's table had changed; no agreement
+    assert [told[2] for told in second if len(told) == 3] == [0, 0, 0, 1, 1]  # its own: nothing was begun
+    assert first[1][1] and second[1][1]  # all of it while the ranks agreed
+    assert [told for told in first + second if len(told) != 3] == [[], []]  # nobody copies any more
+    for step in (1, 2, 3, 4, 5):
+        checkpoint = open_checkpoint(tmp_path / f"step-{step:010d}")
+        assert len(checkpoint.tensors) == (4 if step < 3 else 6)
+        for name in checkpoint.tensors:
+            assert (checkpoint.read(name) == step).all(), (step, name)

@@ -135,6 +135,33 @@ def test_of_an_interrupted_settle_the_writing_thread_hears_that_the_copy_failed(
             call()
 
 
+def test_a_stopped_copy_leaves_its_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_copy, "CHUNK", 4096)
+    monkeypatch.setattr(staging, "copy_threads", lambda: 1)
+    begun, go_on, move = threading.Event(), threading.Event(), state_copy.move
+    seen: list[int] = []
+
+    def held_up(target: int, source: int, nbytes: int) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        move(target, source, nbytes)
+        seen.append(nbytes)
+
+    views = [torch.randn(1024) for _ in range(8)]
+    arena = StagingArena()
+    with monkeypatch.context() as patch:
+        patch.setattr(state_copy, "move", held_up)
+        copy = arena.start(pieces_of(views), views)  # copies although this thread does not
+        assert begun.wait(30)
+        threading.Timer(0.1, go_on.set).start()
+        copy.stop()
+        assert seen == [4096]  # what was in hand is waited for, the rest left
+    with pytest.raises(SnapshotFailed, match="stopped"):
+        arena.complete(copy)
+    staged = arena.stage(pieces_of(views), views)
+    assert [bytes(staged(i)) for i in range(8)] == [raw(v) for v in views]
+
+
 def test_a_large_arena_asks_for_huge_pages() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("a kernel without transparent huge pages")
