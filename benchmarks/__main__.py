@@ -11,6 +11,7 @@ loaded was not what was saved, or a job could not go on.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import measures, plots, report
 from benchmarks.jobs import Job, all_jobs, peer_names
-from benchmarks.pool import RanksFailed
+from benchmarks.pool import TUNABLES, RanksFailed
 from benchmarks.run import Bench, Settings, json_lines
 
 QUICK_BYTES, FULL_BYTES = 200_000_000, 1_760_000_000
@@ -121,4 +122,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not TUNABLES.keys() <= os.environ.keys():  # the driver's probes copy like the ranks
+        os.execve(sys.executable, sys.orig_argv, {**TUNABLES, **os.environ})
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,19 +101,21 @@ def cached_read(paths: list[Path], memory: np.ndarray, *, request: int) -> float
 def verified_write(folder: Path, source: np.ndarray, nbytes: int, *, threads: int, request: int) -> float:
     """Return bytes a second of ``disk_write`` where every byte is hashed and copied to its aligned buffer first.
 
+    As many threads do that at a time as there are processors: more of them slow each other down by a tenth and more.
     ``source`` (uint8, touched before, at least ``nbytes`` and one request) lies in one piece, and each thread keeps its buffer:
     what a save of ordinary memory with checksums can reach. Busy processors slow some disks down, virtual ones above all.
     """
     room, buffers = memoryview(source), _touched_buffers(threads, request)
     size = max(1, nbytes // request) * request
-    starts = iter(range(0, size, request))
+    starts, turn = iter(range(0, size, request)), threading.Semaphore(processors())
 
     def write(fd: int, pool: ThreadPoolExecutor) -> None:
         def fill_and_write(buffer: memoryview) -> None:
             for at in starts:
                 view = room[at : at + request]
-                block_digests(view)
-                copy_memory(buffer, view)
+                with turn:
+                    block_digests(view)
+                    copy_memory(buffer, view)
                 os.pwrite(fd, buffer, at)
 
         list(pool.map(fill_and_write, buffers))
@@ -131,16 +134,17 @@ def verified_read(
     fds = [_open_direct(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
     sizes = [(fd, path.stat().st_size) for fd, path in zip(fds, paths, strict=True)]
     jobs = iter(list(enumerate((fd, at) for fd, size in sizes for at in range(0, size, request))))
-    room = memoryview(memory) if memory.size else None
+    room, turn = memoryview(memory) if memory.size else None, threading.Semaphore(processors())
 
     def read(buffer: memoryview) -> int:
         total = 0
         for number, (fd, at) in jobs:
             got = os.preadv(fd, [buffer], at)
-            if hashed:
-                block_digests(buffer[:got])
-            if room is not None:
-                copy_memory(room[number * request : number * request + got], buffer[:got])
+            with turn:  # as in verified_write
+                if hashed:
+                    block_digests(buffer[:got])
+                if room is not None:
+                    copy_memory(room[number * request : number * request + got], buffer[:got])
             total += got
         return total
 

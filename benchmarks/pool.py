@@ -16,6 +16,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 180.0
+TUNABLES = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=65536"}
+"""Environment of all processes, as the launchers of launch/ have it: copies of memory go past the caches."""
 GRACE_S = 15.0
 """How long the other ranks may go on after one of them has failed: they may wait for it in a collective."""
 
@@ -49,7 +51,7 @@ class Pool:
             ours, theirs = socket.socketpair()
             env = {
                 "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.world)),
-                "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=65536",  # as the launchers of launch/ do
+                **TUNABLES,
                 "GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "attempts:0", "TORCH_CPP_LOG_LEVEL": "ERROR",
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(self.world),
