@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,7 @@ class Bench:
         limits.write_file(path, nbytes)
         self.read_point = best_point(lambda p: limits.disk_read([path], threads=p.threads, request=p.request), points)
         path.unlink()
+        self.add({"kind": "calibration", "write": asdict(self.write_point), "read": asdict(self.read_point)})
 
     def write_limit(self, nbytes: int) -> Probe:
         """Return a probe of the disk with as many bytes as are saved."""
@@ -270,12 +271,13 @@ class Bench:
 
     def verified_read_limit(self, files: Sequence[Path], *, hashed: bool = True) -> Probe:
         """Return a probe of reading these files directly, hashing (or not) and copying what they hold; of one process."""
-        point, large = self.read_point, [path for path in files if path.stat().st_size]
-        nbytes = sum(path.stat().st_size + point.request for path in large)
+        threads, request = self.read_point.threads, min(SPAN, self.read_point.request)
+        large = [path for path in files if path.stat().st_size]
+        nbytes = sum(path.stat().st_size + request for path in large)
 
         def probe() -> dict[str, float]:
             room = self._room(nbytes)
-            rate = limits.verified_read(large, room, threads=point.threads, request=point.request, hashed=hashed)
+            rate = limits.verified_read(large, room, threads=threads, request=request, hashed=hashed)
             return {VERIFIED if hashed else COPIED: rate}
 
         return probe
