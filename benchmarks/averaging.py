@@ -21,7 +21,7 @@ from benchmarks.limits import disk_read, disk_write, verified_read, verified_wri
 from benchmarks.measures import Measure, Test
 from benchmarks.peers import OURS
 from benchmarks.report import Results
-from benchmarks.run import VERIFIED, Bench, Row, folder_for, palindrome, together
+from benchmarks.run import DEPTH, SPAN, VERIFIED, Bench, Row, folder_for, palindrome, together
 
 PART = "average"
 PEERS = {OURS: "ours", "eager loop": "eager", "per tensor, as mergekit": "per-tensor"}
@@ -55,9 +55,10 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
         return {"average": one_after_the_other(disk_read(shards, **read_at), disk_write(root, written, **write_at))}
 
     def verified() -> dict[str, float]:
-        nowhere, source = np.empty(0, np.uint8), np.ones(max(written, writers.request), np.uint8)
-        reading = verified_read(shards, nowhere, **read_at)
-        return {VERIFIED: one_after_the_other(reading, verified_write(root, source, written, **write_at))}
+        nowhere, source = np.empty(0, np.uint8), np.ones(max(written, SPAN), np.uint8)
+        reading = verified_read(shards, nowhere, threads=DEPTH, request=SPAN)
+        writing = verified_write(root, source, written, threads=DEPTH, request=SPAN)
+        return {VERIFIED: one_after_the_other(reading, writing)}
 
     both = together(probe, verified)
 

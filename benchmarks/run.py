@@ -33,6 +33,8 @@ Probe = Callable[[], dict[str, float]]
 """Returns bytes (or steps) a second by kind of limit."""
 VERIFIED, COPIED, STAGING = "verified", "copied", "staging"
 """The raw disk with every byte hashed and copied, or only copied; the raw copy tensor by tensor, to idle memory."""
+DEPTH = 12
+"""Threads of the first two: the disk has requests while some are hashed and copied, whatever depth it needs by itself."""
 EXTRA = (VERIFIED, COPIED, STAGING)
 """No turn is void for what these limits do."""
 
@@ -260,24 +262,20 @@ class Bench:
 
     def verified_write_limit(self, nbytes: int) -> Probe:
         """Return a probe of hashing, copying and writing as many bytes; of one process."""
-        point = self.write_point
 
         def probe() -> dict[str, float]:
-            room = self._room(max(nbytes, point.request))
-            rate = limits.verified_write(self.folder, room, nbytes, threads=point.threads, request=point.request)
-            return {VERIFIED: rate}
+            room = self._room(max(nbytes, SPAN))
+            return {VERIFIED: limits.verified_write(self.folder, room, nbytes, threads=DEPTH, request=SPAN)}
 
         return probe
 
     def verified_read_limit(self, files: Sequence[Path], *, hashed: bool = True) -> Probe:
         """Return a probe of reading these files directly, hashing (or not) and copying what they hold; of one process."""
-        threads, request = self.read_point.threads, min(SPAN, self.read_point.request)
         large = [path for path in files if path.stat().st_size]
-        nbytes = sum(path.stat().st_size + request for path in large)
+        nbytes = sum(path.stat().st_size + SPAN for path in large)
 
         def probe() -> dict[str, float]:
-            room = self._room(nbytes)
-            rate = limits.verified_read(large, room, threads=threads, request=request, hashed=hashed)
+            rate = limits.verified_read(large, self._room(nbytes), threads=DEPTH, request=SPAN, hashed=hashed)
             return {VERIFIED if hashed else COPIED: rate}
 
         return probe
