@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import logging
@@ -25,6 +26,8 @@ from benchmarks.worker import Worker
 
 SCRATCH = 256 << 20
 """Bytes that the state is copied to, again and again: every process holds them. Copies as large go past the caches."""
+IDLE = 1 << 30
+"""Bytes of the state that are copied to idle memory: every process holds as many for that, besides what peers hold."""
 Measured = dict[str, Any]
 
 
@@ -193,14 +196,15 @@ def staging_limit(worker: Worker) -> tuple[float, float, int]:
 
     The odd ones and the even ones in turn, each to memory of their own: that lay idle since the probe before the last, as
     what a save is staged in has since the save before. Virtual machines may take pages back meanwhile: then the first use of
-    one takes twenty microseconds, and no counter of the guest tells.
+    one takes twenty microseconds, and no counter of the guest tells. Of a large state a part stands for all of it.
     """
     live, threads = state_of(worker), torch.get_num_threads()
     worker.odd = not worker.odd
     pieces = [local.octets for local in live.locals]
     ends = list(itertools.accumulate(piece.size for piece in pieces))
-    room = worker.idle.take(max(live.nbytes, 1))
-    jobs = list(zip(pieces, ends, strict=True))[worker.odd :: 2]
+    count = max(2, bisect.bisect_right(ends, IDLE))
+    room = worker.idle.take(max(1, *ends[:count]))
+    jobs = list(zip(pieces[:count], ends[:count], strict=True))[worker.odd :: 2]
     left = iter(jobs)
 
     def copy(_: int) -> None:
