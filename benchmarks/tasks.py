@@ -127,8 +127,9 @@ def quiet() -> Iterator[None]:
 
 
 def save(worker: Worker, name: str, root: Path, step: int) -> Measured:
-    """Save durably. ``returned`` is when the library came back."""
+    """Save durably, from memory that was used just now, as by a training step. ``returned``: when the library came back."""
     live, peer, out = state_of(worker), worker.peer(name), Measured()
+    live.use()
     with quiet(), measured(worker, out) as mark:
         peer.save(root, step, live)
         mark("returned")
