@@ -196,8 +196,8 @@ def staging_limit(worker: Worker) -> tuple[float, float, int]:
     """Copy every other tensor of the live state, by all threads that this rank may use; (start, end, bytes).
 
     The odd ones and the even ones in turn, each to memory of their own: that lay idle since the probe before the last, as
-    what a save is staged in has since the save before. Virtual machines may take pages back meanwhile: then the first use of
-    one takes twenty microseconds, and no counter of the guest tells. Of a large state a part stands for all of it.
+    what a save is staged in has since the save before. Hosts of virtual machines may take pages back meanwhile: the first use
+    of one then takes tens of microseconds, and no counter of the guest tells. Of a large state a part stands for all of it.
     """
     live, threads = state_of(worker), torch.get_num_threads()
     worker.odd = not worker.odd
