@@ -17,11 +17,12 @@ import torch
 
 from benchmarks.average import greatest_error, mean_of, run_one, write_checkpoints
 from benchmarks.jobs import Job
-from benchmarks.limits import disk_read, disk_write, verified_read, verified_write
+from benchmarks.limits import disk_read, disk_write, verified_read
 from benchmarks.measures import Measure, Test
 from benchmarks.peers import OURS
 from benchmarks.report import Results
-from benchmarks.run import DEPTH, SPAN, VERIFIED, Bench, Row, folder_for, palindrome, together
+from benchmarks.run import DEPTH, VERIFIED, Bench, Row, folder_for, palindrome, together
+from distckpt.dcp.read_plan import SPAN
 
 PART = "average"
 PEERS = {OURS: "ours", "eager loop": "eager", "per tensor, as mergekit": "per-tensor"}
@@ -48,6 +49,8 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
     read_at = {"threads": readers.threads, "request": readers.request}
     write_at = {"threads": writers.threads, "request": writers.request}
 
+    verified_write = bench.verified_write_limit(written)
+
     def one_after_the_other(reading: float, writing: float) -> float:
         return (read + written) / (read / reading + written / writing)
 
@@ -55,10 +58,8 @@ def _averages(bench: Bench, count: int, root: Path) -> None:
         return {"average": one_after_the_other(disk_read(shards, **read_at), disk_write(root, written, **write_at))}
 
     def verified() -> dict[str, float]:
-        nowhere, source = np.empty(0, np.uint8), np.ones(max(written, SPAN), np.uint8)
-        reading = verified_read(shards, nowhere, threads=DEPTH, request=SPAN)
-        writing = verified_write(root, source, written, threads=DEPTH, request=SPAN)
-        return {VERIFIED: one_after_the_other(reading, writing)}
+        reading = verified_read(shards, np.empty(0, np.uint8), threads=DEPTH, request=SPAN)
+        return {VERIFIED: one_after_the_other(reading, verified_write()[VERIFIED])}
 
     both = together(probe, verified)
 

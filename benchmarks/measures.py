@@ -213,10 +213,11 @@ def checksums(results: Results) -> list[Test]:
         why = _why(on) if not on.rows else _why(off)
         void = on.only_void or off.only_void
         out.append(Test(part, value, 1.05, 1.01, at_least=False, unit="×", digits=3, why=why, void=void))
+    on, off = (results.one("checksums", "cold load", peer) for peer in (OURS, NO_CHECKSUMS))
     hashed, copied = on.limit(VERIFIED), off.limit(COPIED)
     least = copied / hashed if hashed and copied else None
     what = "cold read that is hashed and copied ÷ only copied"
-    return [*out, Test(what, least, None, None, unit="×", digits=3, void=void)]
+    return [*out, Test(what, least, None, None, unit="×", digits=3, void=on.only_void or off.only_void)]
 
 
 def memory(results: Results) -> list[Test]:

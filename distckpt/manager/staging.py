@@ -29,7 +29,7 @@ class StagingArena:
         self.allocations = 0
         """How often the buffer had to grow; a steady job has 1."""
         self.copied_at_once = 0
-        """Bytes of the last save that were copied before ``stage`` or ``begin`` returned."""
+        """Bytes of the last save that were copied before ``stage``, ``complete`` or ``begin`` returned."""
 
     @property
     def nbytes(self) -> int:
@@ -42,9 +42,7 @@ class StagingArena:
         Other threads copy meanwhile, until ``complete``, or until the copy's ``stop``: one of them has to follow. Work
         already queued on the current stream of a device is part of the snapshot.
         """
-        now, _ = self._copies(pieces, views, ())
-        now.start(max(1, self._helpers))
-        return now
+        return self._copies(pieces, views, (), helpers=1)[0]
 
     def complete(self, copy: StateCopy) -> Staged:
         """Copy what is left of what ``start`` has begun; on return the caller may change the originals."""
@@ -54,9 +52,7 @@ class StagingArena:
 
     def stage(self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor]) -> Staged:
         """Copy as ``start`` and ``complete`` do, with nothing in between."""
-        now, _ = self._copies(pieces, views, ())
-        now.start(self._helpers)
-        return self.complete(now)
+        return self.complete(self._copies(pieces, views, ())[0])
 
     def begin(
         self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str] = ()
@@ -67,7 +63,6 @@ class StagingArena:
         were (inference tensors, devices other than CUDA) are copied at once all the same.
         """
         now, later = self._copies(pieces, views, settled)
-        now.start(self._helpers)
         now.run()
         now.order_streams()
         return later
@@ -77,9 +72,14 @@ class StagingArena:
         self._image = torch.empty(0, dtype=torch.uint8)
 
     def _copies(
-        self, pieces: Sequence[Piece] | Placed, views: Sequence[torch.Tensor], settled: Collection[str]
+        self,
+        pieces: Sequence[Piece] | Placed,
+        views: Sequence[torch.Tensor],
+        settled: Collection[str],
+        *,
+        helpers: int = 0,
     ) -> tuple[StateCopy, StateCopy]:
-        """Return what is to be copied at once, and what may wait."""
+        """Return what threads beside the caller's, at least ``helpers``, copy from now on, and what may wait."""
         placed = place(pieces)
         starts, sizes = placed.offsets, placed.nbytes
         total = sum(sizes)
@@ -94,14 +94,10 @@ class StagingArena:
                 wait = piece.fqn in settled and view.device.type in ("cpu", "cuda") and not view.is_inference()
                 (later if wait else now).append((piece.fqn, view, start, size))
         self.copied_at_once = sum(size for *_, size in now)
-        return StateCopy(now, self._image, streams, staged), StateCopy(
-            later, self._image, streams, staged, Watch(later)
-        )
-
-    @property
-    def _helpers(self) -> int:
-        """Threads that copy beside the one that waits."""
-        return min(copy_threads(), -(-self.copied_at_once // CHUNK)) - 1
+        at_once = StateCopy(now, self._image, streams, staged)
+        rest = StateCopy(later, self._image, streams, staged, Watch(later))
+        at_once.start(max(helpers, min(copy_threads(), -(-self.copied_at_once // CHUNK)) - 1))
+        return at_once, rest
 
     def _reserve(self, nbytes: int, *, pinned: bool) -> None:
         if self._image.numel() < nbytes or (pinned and not self._image.is_pinned()):

@@ -173,9 +173,7 @@ def changed_while_copying(rank: int, root: Path) -> list[Any]:
         wait_for(lambda: len(moved) >= 2)  # weight and bias, before any rank knows what the others have
         return agree(*args, **options)
 
-    with pytest.MonkeyPatch.context() as patch, manager(
-        root, model, async_save=True, max_consecutive_failures=0
-    ) as m:  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, manager(root, model, async_save=True) as m:
         patch.setattr(state_copy, "move", counted)
         patch.setattr(state_copy.StateCopy, "stop", lambda copy: stopped.append(1) or stop(copy))
         for step in (1, 2, 3, 4, 5):
