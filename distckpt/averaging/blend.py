@@ -114,14 +114,16 @@ class Blend:
         """Have members' bytes of these boxes fetched in large requests inside ``with``, if they are filled in this order."""
         members = [(i, m.source.checkpoint, m) for i, m in enumerate(self.members) if m.source.checkpoint is not None]
         last = len(self.members) - 1
-        extents = [
-            extent
+        rows = [
+            [
+                source.extents(member.stored(name) if name in member.names else name, box)
+                for i, source, member in members
+                if i == last or self.tensors[name].how != "newest"
+            ]
             for name, box in wanted
-            for i, source, member in members
-            if name not in self._constants and (i == last or self.tensors[name].how != "newest")
-            for extent in source.extents(member.stored(name) if name in member.names else name, box)
+            if name not in self._constants
         ]
-        with ReadAhead(extents) as ahead, ExitStack() as stack:
+        with ReadAhead(rows) as ahead, ExitStack() as stack:
             for _, source, _ in members:
                 stack.enter_context(source.reading_through(ahead))
             yield

@@ -178,8 +178,11 @@ def list_checkpoints(path_or_url: str | os.PathLike[str], all: bool = False) -> 
     def describe(c: Committed) -> CheckpointInfo:
         return _describe(at.store, c, c not in line, c.folder if first[c.step] == c else c.manifest_path)
 
-    with ThreadPoolExecutor(8, thread_name_prefix="distckpt-list") as pool:
-        infos = list(pool.map(describe, wanted))
+    if len(wanted) > 1:
+        with ThreadPoolExecutor(8, thread_name_prefix="distckpt-list") as pool:
+            infos = list(pool.map(describe, wanted))
+    else:
+        infos = [describe(c) for c in wanted]
     if all:
         return infos
     for info in infos:

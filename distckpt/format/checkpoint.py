@@ -34,7 +34,7 @@ from distckpt.format.dtypes import itemsize
 from distckpt.format.flat_reader import Share, fill_flat, lend_flat, rows_around, shares_of
 from distckpt.format.lineage import Committed
 from distckpt.format.manifest import Manifest
-from distckpt.format.read_ahead import REQUEST, ReadAhead
+from distckpt.format.read_ahead import REQUEST, Extent, ReadAhead
 from distckpt.format.shard import StoredBox
 from distckpt.format.shard_index import ShardIndex
 from distckpt.format.verify import Mode, Progress, VerifyReport, verify
@@ -232,11 +232,15 @@ class Checkpoint:
             shares = shares_of(self._sources(name, rows_around(box, start // size, -(-stop // size))), box)
         return shares
 
-    def extents(self, fqn: str, box: Box) -> list[tuple[Store, str, int, int]]:
+    def extents(self, fqn: str, box: Box) -> list[Extent]:
         """Return what reading a box reads: (store, name on it, first byte, bytes), for ``ReadAhead``."""
-        sources = self._sources(self._resolve(fqn), box)
-        blocks = [run for source in sources for run in wanted_runs(source, box)]
-        return [(self.store, run[0].path, run[0].start, run_nbytes(run)) for run in blocks]
+        found: list[Extent] = []
+        for source in self._sources(self._resolve(fqn), box):
+            if source.stored.box == box:  # the common case, and thousands of blocks
+                found += [(self.store, *extent) for extent in extents_of(source)]
+            else:
+                found += [(self.store, run[0].path, run[0].start, run_nbytes(run)) for run in wanted_runs(source, box)]
+        return found
 
     @contextmanager
     def reading_through(self, ahead: ReadAhead) -> Iterator[None]:
@@ -276,7 +280,7 @@ class Checkpoint:
             for name, box in whole.items()
         }
         every = itertools.chain.from_iterable(extents.values())
-        with ReadAhead(((self.store, *extent) for extent in every), large=REQUEST) as ahead:
+        with ReadAhead(([[(self.store, *extent)]] for extent in every), large=REQUEST) as ahead:
             through = ahead.over(self.store)
             read = {name: self._read_box(through, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}

@@ -7,11 +7,13 @@ asked.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Final
@@ -28,22 +30,40 @@ NEAR_REQUEST: Final = 2 << 20
 GAP: Final = 256 << 10
 """Unwanted bytes between two ranges that are fetched rather than cost another request."""
 MEMORY: Final = 128 << 20
-"""Bytes that are held at most, over all files; half of it, unless there are so many that each had less than ``PER_FILE``.
-
-The first touch of memory is slow on some machines, so no more than helps."""
-PER_FILE: Final = 4 << 20
+"""Bytes that are held at most, over all files. The first touch of memory is slow on some machines: what was used last is
+used again first, and what is never needed is never touched."""
 AHEAD: Final = 8
-"""Requests of a file that are begun before they are needed, and threads for them where each waits for a far service."""
-NEAR_THREADS: Final = 4
+"""Requests that are begun before they are needed, and threads for them, where each waits for a far service."""
+NEAR_AHEAD: Final = 16
+NEAR_THREADS: Final = 8
+"""The same elsewhere; one thread for each file, and at least four, as more of them take a disk from who writes meanwhile."""
 _File = tuple[Store, str]
 """Which store, and the name on it."""
+Extent = tuple[Store, str, int, int]
+"""Bytes of a file: which store, the name on it, the first byte, how many."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Range:
+    """Wanted bytes of a file, and when: in the ``turn``-th row, from ``at`` on of the ``total`` bytes of their lane."""
+
+    start: int
+    stop: int
+    turn: int
+    at: int
+    total: int
+
+    def when(self, start: int) -> tuple[int, float]:
+        """Return a key by which spans that begin with its byte ``start`` are sorted in the order of their use."""
+        return self.turn, (self.at + start - self.start) / self.total
 
 
 class _Span:
-    """Bytes ``start:stop`` of a file, of which ``left`` are still to be asked for."""
+    """Bytes ``start:stop`` of a file, of which ``left`` are still to be asked for; the ``place``-th that is needed."""
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, start: int, stop: int, when: tuple[int, float]) -> None:
         self.start, self.stop, self.left = start, stop, stop - start
+        self.when, self.place = when, 0
         self.content: Future[memoryview] | None = None
         self.slot: memoryview | None = None
         self.users = 0
@@ -61,32 +81,35 @@ class _Span:
 class ReadAhead:
     """Reads what it was told of in requests of some MiB, some ahead of use; ``over`` a store it has its ``read_into``.
 
-    ``extents`` are (store, name, first byte, bytes); they should be asked for in this order within a file, each once.
-    Anything else is passed on, and so are ranges of ``large`` bytes or more, to which who asks has enough to do. Use it as
-    a context; thread-safe. At most 128 MiB are held.
+    ``rows`` follow each other in the order in which they are asked for. A row has lanes that are read side by side, each
+    from its first extent to its last: an average's has one for each member. What was not told is passed on, and so are
+    extents of ``large`` bytes or more, to which who asks has enough to do. Use it as a context; thread-safe. At most
+    128 MiB are held.
     """
 
-    def __init__(self, extents: Iterable[tuple[Store, str, int, int]], *, large: int | None = None) -> None:
-        by_file: dict[_File, list[tuple[int, int]]] = defaultdict(list)
-        for store, name, start, nbytes in extents:
-            if nbytes > 0 and (large is None or nbytes < large):
-                by_file[store, name].append((start, start + nbytes))
-        files = max(1, len(by_file))
+    def __init__(self, rows: Iterable[Iterable[Sequence[Extent]]], *, large: int | None = None) -> None:
+        by_file = _by_file(rows, large)
         far = any(store.capabilities.latency for store, _ in by_file)
-        room = min(MEMORY, max(MEMORY // 2, PER_FILE * files))
-        most = min(REQUEST if far else NEAR_REQUEST, room // (2 * files))
+        threads = AHEAD if far else min(NEAR_THREADS, max(4, len(by_file)))
+        self._ahead = AHEAD if far else NEAR_AHEAD
+        # Of small tensors each file may have a span in use.
+        most = min(REQUEST if far else NEAR_REQUEST, MEMORY // (self._ahead + len(by_file)))
         size = max(64 << 10, most // BLOCK * BLOCK)
         slot = size + 2 * ALIGNMENT  # a page's rest at each end
-        self._ahead = max(1, min(AHEAD, room // (size * files)))
         self._spans = {file: list(_joined(sorted(ranges), size)) for file, ranges in by_file.items()}
         self._starts = {file: [span.start for span in spans] for file, spans in self._spans.items()}
+        self._order = sorted(
+            ((file, span) for file, spans in self._spans.items() for span in spans), key=lambda item: item[1].when
+        )
+        for place, (_, span) in enumerate(self._order):
+            span.place = place
         self._lock = threading.Lock()
         # One piece of memory: a huge page for each small slot would be touched as a whole.
-        slots = min(max(1, room // size), sum(map(len, self._spans.values())))
+        slots = min(max(1, MEMORY // size), len(self._order))
         memory = anonymous(slots * slot)
         self._free = [memory[at : at + slot] for at in reversed(range(0, slots * slot, slot))]
         self._files = OpenFiles()
-        self._pool = ThreadPoolExecutor(AHEAD if far else NEAR_THREADS, thread_name_prefix="distckpt-ahead")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distckpt-ahead")
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -121,9 +144,7 @@ class ReadAhead:
         spans = [span for span in every[first:last] if span.stop > offset]
         told = _cover(spans, offset, stop)
         if told and (unit is None or not any((span.start - offset) % unit for span in spans[1:])):
-            with self._lock:
-                for near in every[first : last - 1 + self._ahead]:
-                    self._begin(store, name, near)
+            self._begin(spans)
             for span in spans:
                 low, high = span.common(offset, stop)
                 yield from self._lend(store, name, span, low, spare[low - offset : high - offset])
@@ -167,14 +188,19 @@ class ReadAhead:
                 self._free.append(span.slot)
                 span.content = span.slot = None
 
-    def _begin(self, store: Store, name: str, span: _Span) -> None:
-        """Have a span fetched, if it is wanted and there is room; the lock is held."""
-        if span.content is None and span.left > 0 and self._free:
-            span.slot = self._free.pop()
-            # To the end of a page where the next span goes on there: a direct read takes whole pages.
-            end = self._spans[store, name][-1].stop
-            stop = min(end, -(-span.stop // ALIGNMENT) * ALIGNMENT)
-            span.content = self._pool.submit(self._fetch, store, name, span.aligned, span.slot[: stop - span.aligned])
+    def _begin(self, wanted: Sequence[_Span]) -> None:
+        """Have these spans fetched and some that are needed soon after, as far as there is room."""
+        with self._lock:
+            first = min(span.place for span in wanted)
+            for file, span in itertools.islice(self._order, first, first + len(wanted) + self._ahead):
+                if not self._free:
+                    break
+                if span.content is None and span.left > 0:
+                    span.slot = self._free.pop()
+                    # To the end of a page where the next span goes on there: a direct read takes whole pages.
+                    stop = min(self._spans[file][-1].stop, -(-span.stop // ALIGNMENT) * ALIGNMENT)
+                    view = span.slot[: stop - span.aligned]
+                    span.content = self._pool.submit(self._fetch, *file, span.aligned, view)
 
     def _fetch(self, store: Store, name: str, start: int, view: memoryview) -> memoryview:
         self._files.read_into(store, name, start, view)
@@ -202,20 +228,33 @@ class ReadThrough:
         return self._ahead.lend(self._store, name, offset, spare, unit)
 
 
-def _joined(ranges: list[tuple[int, int]], size: int) -> Iterator[_Span]:
+def _by_file(rows: Iterable[Iterable[Sequence[Extent]]], large: int | None) -> dict[_File, list[_Range]]:
+    found: dict[_File, list[_Range]] = defaultdict(list)
+    for turn, row in enumerate(rows):
+        for lane in row:
+            at, total = 0, sum(nbytes for *_, nbytes in lane)
+            for store, name, start, nbytes in lane:
+                if nbytes > 0 and (large is None or nbytes < large):
+                    found[store, name].append(_Range(start, start + nbytes, turn, at, total))
+                at += nbytes
+    return found
+
+
+def _joined(ranges: list[_Range], size: int) -> Iterator[_Span]:
     """Join sorted ranges into spans of at most ``size`` bytes, and cut what is longer.
 
     What does not fit into a span begins the next one, so that of a long range whole blocks lie together.
     """
     span: _Span | None = None
-    for first, stop in ranges:
-        start = first if span is None else max(first, span.stop)  # asked for twice: counted once
-        while start < stop:
-            if span is None or start - span.stop > GAP or stop - span.start > size:
+    for wanted in ranges:
+        start = wanted.start if span is None else max(wanted.start, span.stop)  # asked for twice: counted once
+        while start < wanted.stop:
+            if span is None or start - span.stop > GAP or wanted.stop - span.start > size:
                 if span is not None:
                     yield span
-                span = _Span(start, start)
-            end = min(stop, span.start + size)
+                span = _Span(start, start, wanted.when(start))
+            end = min(wanted.stop, span.start + size)
+            span.when = min(span.when, wanted.when(start))
             span.left, span.stop, start = span.left + end - start, end, end
     if span is not None:
         yield span

@@ -88,15 +88,16 @@ def write_pieces(
     requests = list(_requests(plan, min(request, room)))
     writer = store.open_writer(name, plan.size)
 
-    def work(parts: list[_Part], *, hashing: bool, writing: bool) -> None:
+    def work(left: Iterator[list[_Part]], *, hashing: bool, writing: bool) -> None:
         reason = stopped()
         if reason is not None:
             raise AgreementError(f"writing stopped because another rank failed: {reason}")
-        # The bytes lie in the buffer as they will in the file's pages, so that whole pages can be written directly.
-        offset = plan.starts[parts[0].piece] + parts[0].start
-        with POOL.lend(sum(part.stop - part.start for part in parts) + ALIGNMENT) as buffer:
-            at = first = offset % ALIGNMENT
+        with POOL.lend() as buffer:
             with turn:
+                parts = next(left)  # not before: what reads ahead counts on requests that begin in the file's order
+                # The bytes lie in the buffer as they will in the file's pages, so that whole pages can be written directly.
+                offset = plan.starts[parts[0].piece] + parts[0].start
+                at = first = offset % ALIGNMENT
                 for part in parts:
                     view = buffer[at : at + part.stop - part.start]
                     fill(part.piece, part.start, part.stop, view)
@@ -109,17 +110,17 @@ def write_pieces(
                 _write(writer, offset, buffer[first:at])
                 progress(at - first)
 
+    def every(threads: int, *, hashing: bool, writing: bool) -> None:
+        left = iter(requests)  # threads take from it: next() of a list's iterator is atomic
+        run_all(lambda _: work(left, hashing=hashing, writing=writing), requests, threads, "convert")
+
     try:
-        if store.capabilities.random_write:
-            run_all(lambda parts: work(parts, hashing=True, writing=True), requests, threads, "convert")
-            failpoints.hit("shard.before_header", name)
-            writer.write_at(0, memoryview(render_header(plan, found)))
-        else:
-            run_all(lambda parts: work(parts, hashing=True, writing=False), requests, threads, "convert")
-            failpoints.hit("shard.before_header", name)
-            writer.write_at(0, memoryview(render_header(plan, found)))
-            for parts in requests:
-                work(parts, hashing=False, writing=True)
+        direct = store.capabilities.random_write
+        every(threads, hashing=True, writing=direct)
+        failpoints.hit("shard.before_header", name)
+        writer.write_at(0, memoryview(render_header(plan, found)))
+        if not direct:
+            every(1, hashing=False, writing=True)
         writer.commit()
     except BaseException:
         writer.abort()
@@ -128,22 +129,25 @@ def write_pieces(
 
 
 def _requests(plan: ShardPlan, most: int) -> Iterator[list[_Part]]:
-    """Cut the data, in file order, into runs of at most ``most`` bytes whose parts begin at block boundaries."""
-    most = max(most, plan.block)
+    """Cut the data, in file order, into runs of at most ``most`` bytes whose parts begin at block boundaries.
+
+    What does not fit into a run begins the next one, as in what reads ahead: so a request uses up what was fetched for it.
+    """
+    most = max(most // plan.block, 1) * plan.block
     current: list[_Part] = []
     filled = 0
     for index in plan.order:
-        nbytes, at = plan.nbytes[index], 0
-        while at < nbytes:
-            room = most - filled
-            stop = nbytes if nbytes - at <= room else at + room // plan.block * plan.block
-            if stop > at:
-                current.append(_Part(index, at, stop))
-                filled += stop - at
-                at = stop
-            if at < nbytes or filled == most:
+        nbytes = plan.nbytes[index]
+        if current and filled + nbytes > most:
+            yield current
+            current, filled = [], 0
+        for start in range(0, nbytes, most):
+            if start:
                 yield current
                 current, filled = [], 0
+            stop = min(nbytes, start + most)
+            current.append(_Part(index, start, stop))
+            filled += stop - start
     if current:
         yield current
 

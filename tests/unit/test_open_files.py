@@ -46,7 +46,7 @@ def test_what_is_read_ahead_opens_a_file_once(tmp_path: Path) -> None:
     store.create("a", content)
     store.create("b", content[::-1])
     before = os.listdir("/proc/self/fd")
-    with ReadAhead((store, name, at * MIB, MIB) for name in "ab" for at in range(9)) as ahead:
+    with ReadAhead([[(store, name, at * MIB, MIB)]] for name in "ab" for at in range(9)) as ahead:
         reader, target = ahead.over(store), bytearray(9 * MIB)
         for name, wanted in (("a", content), ("b", content[::-1])):
             reader.read_into(name, 0, memoryview(target))

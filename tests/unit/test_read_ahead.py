@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.format import read_ahead
-from distckpt.format.read_ahead import ReadAhead, ReadThrough
+from distckpt.format.read_ahead import Extent, ReadAhead, ReadThrough
 from distckpt.storage import MemoryStore
 from distckpt.storage.direct import ALIGNMENT, address
 
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
 
 
 def store_of(sizes: dict[str, int]) -> MemoryStore:
@@ -22,6 +23,11 @@ def store_of(sizes: dict[str, int]) -> MemoryStore:
     for name, size in sizes.items():
         store.create(name, random.Random(name).randbytes(size))
     return store
+
+
+def in_turn(store: MemoryStore, extents: Iterable[tuple[str, int, int]]) -> list[list[list[Extent]]]:
+    """Return rows of one extent each."""
+    return [[[(store, *extent)]] for extent in extents]
 
 
 def fetch(reader: ReadThrough | MemoryStore, name: str, start: int, nbytes: int) -> bytes:
@@ -43,7 +49,7 @@ def test_every_byte_is_right_in_any_order_and_beside_the_plan(
     extents = [(name, start * KIB, nbytes * KIB) for name, start, nbytes in ranges]
     asked = [*extents, *extents[:3], *((name, start * KIB + 5, nbytes * KIB) for name, start, nbytes in others)]
     order.shuffle(asked)
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         reader = ahead.over(store)
         for name, start, nbytes in asked:
             assert fetch(reader, name, start, nbytes) == store.read(name, start, nbytes)
@@ -56,7 +62,7 @@ def test_small_ranges_are_joined_and_far_or_large_ones_are_not() -> None:
     extents += [("a", 1000 * KIB + gap, 10)]  # joined over the gap
     extents += [("a", 1010 * KIB + 2 * gap + 11, 10)]  # one more
     extents += [("a", 10 << 20, large)]  # passed on
-    with ReadAhead(((store, *extent) for extent in extents), large=large) as ahead:
+    with ReadAhead(in_turn(store, extents), large=large) as ahead:
         reader = ahead.over(store)
         for extent in extents:
             fetch(reader, *extent)
@@ -71,7 +77,7 @@ def test_long_ranges_are_cut_and_read_across_the_cuts(step: int) -> None:
     size = 10 << 20
     store = store_of({"a": size + 3})
     content = store._content("a")
-    with ReadAhead([(store, "a", 3, size)]) as ahead:
+    with ReadAhead(in_turn(store, [("a", 3, size)])) as ahead:
         reader, slots = ahead.over(store), len(ahead._free)
         for start in range(3, size + 3, step):
             nbytes = min(step, size + 3 - start)
@@ -92,7 +98,7 @@ def test_what_is_lent_is_right_and_cut_in_units(ranges: list[tuple[int, int]], u
     store = store_of({"a": 7 << 20})
     content = store._content("a")
     extents = [("a", start * 4 * KIB, nbytes * 4 * KIB) for start, nbytes in ranges]
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         reader, slots = ahead.over(store), len(ahead._free)
         for name, start, nbytes in extents:
             middle = start + int(nbytes * cut) // unit * unit
@@ -107,7 +113,7 @@ def test_a_long_range_is_lent_where_it_was_read_to() -> None:
     """Behind a short one it begins a request of its own, so that its blocks are whole in each."""
     store = store_of({"a": 9 << 20})
     extents = [("a", 0, 100 * KIB), ("a", 100 * KIB, 6 << 20)]
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         reader, spare = ahead.over(store), memoryview(bytearray(2 << 20))
         for start in range(100 * KIB, 4 << 20, 1 << 20):
             for part in reader.lend("a", start, spare[: 1 << 20], 256 * KIB):
@@ -119,7 +125,7 @@ def test_a_long_range_is_lent_where_it_was_read_to() -> None:
 def test_memory_is_not_used_again_while_it_is_lent() -> None:
     store = store_of({"a": 200 << 20})
     content = store._content("a")
-    with ReadAhead([(store, "a", 0, 200 << 20)]) as ahead:
+    with ReadAhead(in_turn(store, [("a", 0, 200 << 20)])) as ahead:
         reader, spare = ahead.over(store), memoryview(bytearray(8 << 20))
         lent = reader.lend("a", 0, spare[: 2 << 20], 256 * KIB)
         held = next(lent)
@@ -134,7 +140,7 @@ def test_memory_is_not_used_again_while_it_is_lent() -> None:
 def test_what_is_read_beside_the_plan_holds_no_memory() -> None:
     store = store_of({"a": 4 << 20})
     extents = [("a", start << 20, 512 * KIB) for start in range(4)]  # too far apart to be joined
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         reader, slots = ahead.over(store), len(ahead._free)
         fetch(reader, *extents[0])  # has the others fetched
         assert len(ahead._free) < slots
@@ -152,7 +158,7 @@ def free_at_the_end(ahead: ReadAhead) -> int:
 def test_memory_is_bounded_and_given_back() -> None:
     store = store_of({str(i): 1 << 20 for i in range(40)})
     extents = [(str(i), start * 16 * KIB, 16 * KIB) for start in range(64) for i in range(40)]
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         assert sum(map(len, ahead._free)) <= read_ahead.MEMORY
         reader, slots = ahead.over(store), len(ahead._free)
         for extent in extents:
@@ -162,10 +168,45 @@ def test_memory_is_bounded_and_given_back() -> None:
     assert store.counters["opens"] == 40
 
 
+def test_files_that_are_read_side_by_side_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two long tensors of each of six files, read a part of each file at a time, as an average does: a few parts are held."""
+    monkeypatch.setattr(read_ahead, "NEAR_AHEAD", 3)
+    part, names = read_ahead.NEAR_REQUEST, "abcdef"
+    store = store_of(dict.fromkeys(names, 16 * part))
+    tensors = [(0, 9 * part), (9 * part, 7 * part)]
+    rows = [[[(store, name, *tensor)] for name in names] for tensor in tensors]
+    fewest = []
+    with ReadAhead(rows) as ahead:
+        reader, slots = ahead.over(store), len(ahead._free)
+        for start in range(0, 16 * part, part):
+            for name in names:
+                spare = memoryview(bytearray(part))
+                for lent in reader.lend(name, start, spare, 256 * KIB):
+                    assert lent == store._content(name)[start : start + part]
+                    assert address(lent) != address(spare)  # it was fetched before
+                fewest.append(len(ahead._free))
+        assert free_at_the_end(ahead) == slots
+    assert slots - min(fewest) <= 3 + 1
+    assert store.counters["opens"] == 16 * len(names)
+
+
+def test_what_is_used_first_is_fetched_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of members in two dtypes the one of twice the bytes is two parts on where the other is one."""
+    monkeypatch.setattr(read_ahead, "NEAR_AHEAD", 5)
+    monkeypatch.setattr(read_ahead, "NEAR_REQUEST", MIB)
+    store = store_of({"narrow": 4 * MIB, "wide": 8 * MIB})
+    wide = [(store, "wide", 0, 4 * MIB), (store, "wide", 4 * MIB, 4 * MIB)]
+    with ReadAhead([[[(store, "narrow", 0, 4 * MIB)], wide]]) as ahead:
+        fetch(ahead.over(store), "narrow", 0, MIB)
+        ahead._pool.shutdown()
+        begun = sorted((span.start, file[1]) for file, span in ahead._order if span.content is not None)
+    assert begun == [(0, "wide"), (MIB, "narrow"), (MIB, "wide"), (2 * MIB, "wide"), (3 * MIB, "wide")]
+
+
 def test_threads_share_what_was_fetched() -> None:
     store = store_of({"a": 1 << 20})
     extents = [("a", i * KIB, KIB) for i in range(1024)]
-    with ReadAhead((store, *extent) for extent in extents) as ahead:
+    with ReadAhead(in_turn(store, extents)) as ahead:
         reader = ahead.over(store)
         wrong: list[int] = []
 
