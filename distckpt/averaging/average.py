@@ -121,7 +121,7 @@ def average_checkpoints(
     the default one. Memory: about 24 MiB a thread, and up to 128 MiB that are read ahead, at any size. ``progress`` is
     told (bytes written, bytes in all).
 
-    Raises ``ConfigError`` (wrong use), ``IncompatibleState`` (different models; NaN or infinite weights, by name),
+    Raises ``ConfigError`` (wrong use), ``CheckpointNotFound``, ``IncompatibleState`` (different models; NaN or infinite weights, by name),
     ``CorruptCheckpoint`` (damage, by file), ``ReplicasDiffer`` (ranks call it differently), ``SaveFailed``; on all ranks.
     Nothing is committed then.
     """

@@ -10,6 +10,7 @@ from typing import Any, Final
 from distckpt.averaging.sources import step_in_name
 from distckpt.errors import ConfigError
 from distckpt.format.catalog import list_checkpoints, parse_location
+from distckpt.format.checkpoint import open_checkpoint
 from distckpt.importers.convert import kind_of
 from distckpt.manager.ranking import check_mode, rank_candidates
 
@@ -70,7 +71,7 @@ class Choice:
 def candidates(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Candidate]:
     """Return the checkpoints that paths mean: of a root, every one of its lineage; of anything else, itself.
 
-    A root's come with step and metrics; nothing else is opened. Raises ``ConfigError`` if the same one is named twice.
+    Raises ``ConfigError`` if the same one is named twice or a root has none, and what opening a step raises.
     """
     several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     found: list[Candidate] = []
@@ -80,12 +81,14 @@ def candidates(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
             step = step_in_name(text)
             found.append(Candidate(text, -1 if step is None else step))
             continue
-        at = parse_location(text)
-        infos = list_checkpoints(text, all=at.step is not None)
-        infos = [i for i in infos if at.generation in (None, i.generation)][: None if at.step is None else 1]
-        if not infos or infos[0].problem is not None:
-            raise ConfigError(f"{text}: {infos[0].problem if infos else 'no checkpoint is there'}")
-        found += [Candidate(i.path, i.step, i.generation, i.metrics) for i in infos]
+        if parse_location(text).step is None:
+            infos = list_checkpoints(text)
+            if not infos:
+                raise ConfigError(f"{text}: no checkpoint is there")
+            found += [Candidate(i.path, i.step, i.generation, i.metrics) for i in infos]
+        else:
+            one = open_checkpoint(text)
+            found.append(Candidate(text, one.step, one.generation, one.metrics))
     by_path: dict[str, Candidate] = {}
     for candidate in found:
         real = candidate.path if "://" in candidate.path else os.path.realpath(candidate.path)

@@ -71,7 +71,6 @@ class Found:
     store: Store
     committed: Committed
     manifest: Manifest
-    stray: bool
 
 
 def parse_location(path_or_url: str | os.PathLike[str]) -> Location:
@@ -112,18 +111,26 @@ def find_checkpoint(path_or_url: str | os.PathLike[str], *, strict: bool = False
     """
     at = parse_location(path_or_url)
     _check_root(at.store)
+    if at.step is None:
+        committed = list_committed(at.store)
+        return _newest(at.store, lineage(committed, read_generations(at.store)), committed, strict)
+    chosen = _commit_of_step(at)
+    return Found(at.store, chosen, read_manifest(at.store, chosen))
+
+
+def _commit_of_step(at: Location) -> Committed:
+    alone = [c for c in list_committed(at.store, at.step) if at.generation in (None, c.generation)]
+    if len(alone) == 1:  # whatever its lineage: no other step is looked at, of which there may be hundreds
+        return alone[0]
     committed = list_committed(at.store)
     line = lineage(committed, read_generations(at.store))
-    if at.step is None:
-        return _newest(at.store, line, committed, strict)
     ordered = [*line, *sorted(set(committed).difference(line), key=lambda c: c.generation, reverse=True)]
     matching = [c for c in ordered if c.step == at.step and at.generation in (None, c.generation)]
     if not matching:
         what = f"step {at.step}" + (f" of generation {at.generation}" if at.generation is not None else "")
         there = sorted({c.step for c in line}, reverse=True)[:20]
         raise CheckpointNotFound(f"{at.store.url}: no commit of {what} is there; steps to resume from: {there}")
-    chosen = matching[0]
-    return Found(at.store, chosen, read_manifest(at.store, chosen), chosen not in line)
+    return matching[0]
 
 
 def _newest(store: Store, line: list[Committed], committed: list[Committed], strict: bool) -> Found:
@@ -139,7 +146,7 @@ def _newest(store: Store, line: list[Committed], committed: list[Committed], str
             reasons.append(str(error))
         else:
             if not problems:
-                return Found(store, candidate, manifest, False)
+                return Found(store, candidate, manifest)
             reasons.append(f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
         if strict:
             raise CorruptCheckpoint(f"{store.url}: the newest checkpoint is damaged: {reasons[-1]}")

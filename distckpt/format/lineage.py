@@ -227,9 +227,12 @@ def as_committed(name: str) -> Committed | None:
     return None if step is None or generation is None else Committed(step, generation, name)
 
 
-def list_committed(store: Store) -> list[Committed]:
-    """Return every manifest on the store by its name, of any lineage, readable or not; lowest step first."""
-    folders = [f for f in store.list_folders("") if names.parse_step_folder(f) is not None]
+def list_committed(store: Store, step: int | None = None) -> list[Committed]:
+    """Return every manifest on the store (of one step) by its name, of any lineage, readable or not; lowest step first."""
+    if step is None:
+        folders = [f for f in store.list_folders("") if names.parse_step_folder(f) is not None]
+    else:
+        folders = [names.step_folder(step)]
     entries = (entry for folder in folders for entry in store.list(f"{folder}/"))
     return sorted(filter(None, (as_committed(entry.name) for entry in entries)))
 

@@ -7,7 +7,6 @@ asked.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -60,6 +59,8 @@ class _Range:
 
 class _Span:
     """Bytes ``start:stop`` of a file, of which ``left`` are still to be asked for; the ``place``-th that is needed."""
+
+    __slots__ = ("content", "left", "place", "slot", "start", "stop", "users", "when")
 
     def __init__(self, start: int, stop: int, when: tuple[int, float]) -> None:
         self.start, self.stop, self.left = start, stop, stop - start
@@ -191,8 +192,8 @@ class ReadAhead:
     def _begin(self, wanted: Sequence[_Span]) -> None:
         """Have these spans fetched and some that are needed soon after, as far as there is room."""
         with self._lock:
-            first = min(span.place for span in wanted)
-            for file, span in itertools.islice(self._order, first, first + len(wanted) + self._ahead):
+            after = wanted[0].place + 1
+            for file, span in [*(self._order[s.place] for s in wanted), *self._order[after : after + self._ahead]]:
                 if not self._free:
                     break
                 if span.content is None and span.left > 0:

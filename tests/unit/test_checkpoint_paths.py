@@ -52,6 +52,14 @@ def test_root_step_manifest_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_checkpoint(root).committed == two
 
 
+def test_a_step_is_found_without_looking_at_the_others(store: PosixStore) -> None:
+    committed = [build_checkpoint(store, step, tensors={}) for step in range(100, 120)]
+    for name in (committed[3].folder, committed[3].manifest_path):
+        found = open_checkpoint(f"{store.root}/{name}")
+        assert isinstance(found.store, PosixStore)
+        assert (found.step, found.store.counters["lists"]) == (103, 1)
+
+
 def test_memory_urls() -> None:
     store = open_store("memory://offline-test")
     build_checkpoint(store, 100, generation=1, tensors={"w": np.ones(3, np.float32)})

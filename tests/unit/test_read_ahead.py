@@ -190,6 +190,20 @@ def test_files_that_are_read_side_by_side_take_turns(monkeypatch: pytest.MonkeyP
     assert store.counters["opens"] == 16 * len(names)
 
 
+def test_all_of_what_is_wanted_is_fetched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where parts of many other files are needed between its own."""
+    monkeypatch.setattr(read_ahead, "NEAR_AHEAD", 2)
+    part, names = read_ahead.NEAR_REQUEST, [f"f{i}" for i in range(8)]
+    store = store_of(dict.fromkeys(names, 2 * part))
+    with ReadAhead([[[(store, name, 0, 2 * part)] for name in names]]) as ahead:
+        lent = ahead.over(store).lend(names[0], 0, memoryview(bytearray(2 * part)), 256 * KIB)
+        assert next(lent) == store._content(names[0])[:part]
+        assert {(file[1], span.start) for file, span in ahead._order if span.content is not None} >= {
+            (names[0], 0), (names[0], part), (names[1], 0), (names[2], 0)
+        }  # fmt: skip
+        lent.close()
+
+
 def test_what_is_used_first_is_fetched_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of members in two dtypes the one of twice the bytes is two parts on where the other is one."""
     monkeypatch.setattr(read_ahead, "NEAR_AHEAD", 5)
