@@ -121,9 +121,9 @@ def average_checkpoints(
     the default one. Memory: about 24 MiB a thread, and up to 128 MiB that are read ahead, at any size. ``progress`` is
     told (bytes written, bytes in all).
 
-    Raises ``ConfigError`` (wrong use), ``CheckpointNotFound``, ``IncompatibleState`` (different models; NaN or infinite weights, by name),
-    ``CorruptCheckpoint`` (damage, by file), ``ReplicasDiffer`` (ranks call it differently), ``SaveFailed``; on all ranks.
-    Nothing is committed then.
+    Raises ``ConfigError`` (wrong use), ``CheckpointNotFound``, ``IncompatibleState`` (different models; NaN or infinite
+    weights, by name), ``CorruptCheckpoint`` (damage, by file), ``ReplicasDiffer`` (ranks call it differently), ``SaveFailed``;
+    on all ranks. Nothing is committed then.
     """
     fixed = batchnorm if isinstance(batchnorm, RecomputeBatchNorm) else None
     rules = Rules(integers, tuple(copy) if not isinstance(copy, str) else copy, dtype,
