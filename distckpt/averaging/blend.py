@@ -94,10 +94,10 @@ class Blend:
         self.aliases |= {n: t for n, t in source.aliases.items() if t in self.tensors and not n.startswith(MODEL)}
         self.objects |= {n: value for n, value in source.objects.items() if not n.startswith(MODEL)}
 
-    def rank_objects(self, rank: int) -> dict[str, Any]:
-        """Return what one rank of the newest stored for itself, where the whole state was asked for."""
-        per_rank = self.newest.source.per_rank
-        return dict(per_rank[rank]) if self._whole_state and rank < len(per_rank) else {}
+    @property
+    def rank_objects(self) -> list[dict[str, Any]]:
+        """What each rank of the newest stored for itself, where the whole state was asked for; else nothing."""
+        return self.newest.source.per_rank if self._whole_state else []
 
     def replace(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put values in the place of tensors of the model (``FQN`` to tensor), cast to the dtypes that they have here."""

@@ -14,12 +14,11 @@ from distckpt.format.placing import Piece
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The manifest's tables, and the pieces of each shard. ``kept``: shards are the newest member's, rank by rank."""
+    """The manifest's tables, and the pieces of each shard."""
 
     meshes: list[MeshEntry]
     tensors: dict[str, TensorEntry]
     shards: tuple[tuple[Piece, ...], ...]
-    kept: bool
 
     def of_rank(self, rank: int, ranks: int) -> list[int]:
         """Return the shards that one of several ranks writes."""
@@ -30,23 +29,24 @@ def plan_output(blend: Blend, ranks: int, shard_bytes: int) -> Output:
     """Lay the result out for ``ranks`` writers. Pure, but for headers that are read; the same on every rank.
 
     The newest member's own layout is kept where all members are distckpt's and its shards can be shared out evenly:
-    each box is then one run of each file, whatever its placement.
+    each box is then one run of each file, whatever its placement. So it is where its ranks' own objects go in.
     Else every tensor is cut by rows, by bytes, into shards of at most about ``shard_bytes``, at least one a rank.
     """
     found = blend.newest.source.checkpoint
+    own = len(blend.rank_objects)
     every = all(member.source.checkpoint is not None for member in blend.members)
-    if found is not None and every:
+    if found is not None:
         shards = len(found.manifest.shards)
-        if shards % ranks == 0 or shards >= 4 * ranks:
+        if own or (every and (shards % ranks == 0 or shards >= 4 * ranks)):
             return _kept(blend)
     count = max(ranks, -(-blend.nbytes // shard_bytes))
-    count = -(-count // ranks) * ranks
+    count = own or -(-count // ranks) * ranks
     layout = Layout(Mesh.flat(range(count)), ("R",))
     rows = {name: Row(mixed.dtype, mixed.shape, layout) for name, mixed in blend.tensors.items()}
     pieces = [Piece(name, m.dtype, m.shape, Box.whole(m.shape)) for name, m in blend.tensors.items()]
     meshes, tensors = manifest_tensors(Plan(count, rows, {}, {}, {}))
     shared = tuple(tuple(split_among_replicas(pieces, index, count)) for index in range(count))
-    return Output(meshes, tensors, shared, kept=False)
+    return Output(meshes, tensors, shared)
 
 
 def _kept(blend: Blend) -> Output:
@@ -73,4 +73,4 @@ def _kept(blend: Blend) -> Output:
                 for box in boxes
             )
         )
-    return Output(list(manifest.meshes), tensors, tuple(shards), kept=True)
+    return Output(list(manifest.meshes), tensors, tuple(shards))

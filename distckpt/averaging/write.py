@@ -164,7 +164,7 @@ def _write_shards(
     count = len(output.shards)
     mine = output.of_rank(agreement.rank, agreement.world_size)
     plans = [
-        plan_shard(output.shards[i], rank=i, world_size=count, save_id=save_id, objects=_own_objects(blend, output, i))
+        plan_shard(output.shards[i], rank=i, world_size=count, save_id=save_id, objects=_own_objects(blend, i))
         for i in mine
     ]
     total, done, lock = sum(sum(plan.nbytes) for plan in plans), 0, threading.Lock()
@@ -204,8 +204,8 @@ def _write_shards(
     return receipts
 
 
-def _own_objects(blend: Blend, output: Output, index: int) -> dict[str, Any]:
-    own = blend.rank_objects(index) if output.kept else {}
+def _own_objects(blend: Blend, index: int) -> dict[str, Any]:
+    own = blend.rank_objects[index] if blend.rank_objects else {}
     return {name: typed_json.encode(value, where=f"$.{name}") for name, value in own.items()}
 
 
@@ -241,7 +241,7 @@ def _manifest(
         tensors=output.tensors,
         aliases=dict(blend.aliases),
         objects={name: typed_json.encode(value, where=f"$.{name}") for name, value in blend.objects.items()},
-        per_rank=sorted(blend.rank_objects(0)) if output.kept else [],
+        per_rank=sorted({name for own in blend.rank_objects for name in own}),
         metrics={},
         config=typed_json.encode(blend.config, where="$.config"),
         provenance=typed_json.encode(dict(provenance), where="$.provenance"),

@@ -172,3 +172,29 @@ def test_an_agreement_of_ones_own(tmp_path: Path) -> None:
     run = root(tmp_path / "run", states(2))
     report = average_checkpoints(run, tmp_path / "out", agreement=Agreement(None, 0, 1, timeout_s=5.0))
     assert report.step == 2
+
+
+def average_whole(rank: int, run: Path, out: Path) -> str:
+    return average_checkpoints(run, out, include_optimizer=True, timeout_s=30.0).path
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_a_rank_stored_for_itself_survives_any_number_of_writers(tmp_path: Path, world: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+
+    def manager(folder: Path) -> CheckpointManager:
+        config = CheckpointConfig(folder, preemption_signals=(), control_file=None, verbose=False)
+        return CheckpointManager(config, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+
+    with manager(tmp_path / "run") as saving:
+        for step in (1, 2):
+            saving.save(step=step)
+    drawn = torch.rand(3)
+    run_ranks(world, average_whole, tmp_path / "run", tmp_path / "out")
+    torch.rand(5)
+    with manager(tmp_path / "out") as resuming:
+        report = resuming.resume()
+    assert report is not None
+    assert report.missing == []
+    assert torch.equal(torch.rand(3), drawn)
