@@ -27,7 +27,7 @@ from distckpt.importers.commit_source import SHARD_BYTES
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 THREADS: Final = 5
-"""Requests in flight at most, two for each processor in any case; each takes up to 24 MiB."""
+"""Threads that add up at most, one for each processor in any case; each takes up to 24 MiB."""
 TIMEOUT_S: Final = 6 * 3600.0
 
 
@@ -118,8 +118,8 @@ def average_checkpoints(
     resume from the result. ``step`` defaults to the newest's.
 
     Where a process group exists (torchrun), all ranks call this together and each writes its part; ``agreement`` replaces
-    the default one. Memory: about 24 MiB a thread, and up to 128 MiB that are read ahead, at any size. ``progress`` is
-    told (bytes written, bytes in all).
+    the default one. Memory: about 24 MiB a thread, and what is read ahead (40–70 MiB, 128 at most), at any size.
+    ``progress`` is told (bytes written, bytes in all).
 
     Raises ``ConfigError`` (wrong use), ``CheckpointNotFound``, ``IncompatibleState`` (different models; NaN or infinite
     weights, by name), ``CorruptCheckpoint`` (damage, by file), ``ReplicasDiffer`` (ranks call it differently), ``SaveFailed``;
