@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import signal
 import sys
@@ -17,6 +19,7 @@ from averaging_support import contents, root, same, step_of
 from ranks import run_ranks
 
 from distckpt import CheckpointConfig, CheckpointManager, average_checkpoints, failpoints, open_checkpoint
+from distckpt.cli.main import main
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.leaves import tensor_leaf
 from distckpt.errors import CorruptCheckpoint, ReplicasDiffer, SaveFailed
@@ -198,3 +201,22 @@ def test_what_a_rank_stored_for_itself_survives_any_number_of_writers(tmp_path: 
     assert report is not None
     assert report.missing == []
     assert torch.equal(torch.rand(3), drawn)
+
+
+def command(rank: int, run: Path, out: Path) -> tuple[int, str]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        code = main(["average", str(run), "--out", str(out)])
+    return code, text.getvalue()
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    """As torchrun starts ranks: no process group yet, a store of the agent, everything else in the environment."""
+    run = root(tmp_path / "run", states(3))
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told = run_ranks(2, command, run, tmp_path / "out", backend=None, env=agent, store_host="agent")
+    assert [code for code, _ in told] == [0, 0]
+    assert ("average of 3" in told[0][1], told[1][1]) == (True, "")
+    assert open_checkpoint(tmp_path / "out").world_size == 2
+    average_checkpoints(run, tmp_path / "alone")
+    same(contents(tmp_path / "out"), contents(tmp_path / "alone"))

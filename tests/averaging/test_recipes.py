@@ -52,24 +52,26 @@ def test_replicas_train_on_their_own_and_meet(tmp_path: Path, launch: None) -> N
     assert all(torch.equal(value, anchor[name]) for name, value in last.state_dict("model.").items())
 
 
-def test_a_recipe(tmp_path: Path, launch: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.parametrize(("name", "rows"), [("swa", 5), ("lawa", 8), ("ema", 10), ("top5", 8), ("ensemble", 5)])
+def test_a_recipe(
+    name: str, rows: int, tmp_path: Path, launch: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As the page says to call it, on a few images."""
     pytest.importorskip("sklearn")
     recipes = script("recipes")
     whole = recipes.data
 
     def few(seed: int, noise: float) -> Any:
-        return tuple((x[:n], y[:n]) for (x, y), n in zip(whole(seed, noise), (100, 40, 60), strict=True))
+        return tuple((x[:n], y[:n]) for (x, y), n in zip(whole(seed, noise), (50, 40, 60), strict=True))
 
-    train = recipes.train
     monkeypatch.setattr(recipes, "data", few)
-    monkeypatch.setattr(recipes, "train", lambda root, seed, rows, rate, _, **how: train(root, seed, rows, rate, 6, **how))
     memory = Path("/dev/shm")
     monkeypatch.setenv("TMPDIR", str(memory if os.access(memory, os.W_OK) else tmp_path))
     monkeypatch.setattr(recipes.tempfile, "tempdir", None)
-    monkeypatch.setattr(sys, "argv", ["recipes.py", "ema", "--seeds", "1", "--noise", "0"])
+    monkeypatch.setattr(sys, "argv", ["recipes.py", name, "--seeds", "1", "--noise", "0"])
     recipes.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12, lines
+    assert len(lines) == 2 + rows, lines
     for line in lines[2:]:
         assert 0 <= float(re.findall(r"\d\.\d{4}", line)[0]) <= 1
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_support import run
 from export_support import Small, by_name, exported, rows, saved, trained
 
 from distckpt import EMAModel, export_inference_checkpoint
@@ -178,6 +179,23 @@ def test_the_average_instead_of_the_weights(tmp_path: Path) -> None:
     for name in (True, "both", "other"):
         with pytest.raises(ConfigError, match=r"there are both\.0\.5, both\.0\.9, ema"):
             exported(root, tmp_path / "c.pt", "torch", ema=name)
+
+
+def test_the_average_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained()
+    ema, several = EMAModel(model, decay=0.5), EMAModel(model, decay=(0.5, 0.9))
+    with torch.no_grad():
+        model.up.weight.add_(1)  # type: ignore[operator, union-attr]
+    ema.update()
+    several.update()
+    for name, parts, options in (("one", {"ema": ema}, ["--ema"]), ("both", {"both": several}, ["--ema-name", "0.9"])):
+        root, out = saved(tmp_path / name, model, stateful=parts), tmp_path / f"{name}.pt"
+        code, text, _ = run(capsys, "export", root, out, *options)
+        assert code == 0, text
+        average = ema if name == "one" else several
+        with average.averaged("" if name == "one" else "0.9") as inside:
+            wanted = inside.state_dict()["up.weight"].clone()
+        assert torch.equal(torch.load(out, weights_only=True)["up.weight"], wanted)
 
 
 def test_casts_touch_floating_tensors_alone(root: Path, model: Small, tmp_path: Path) -> None:
