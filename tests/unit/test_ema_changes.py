@@ -1,0 +1,126 @@
+"""EMAModel where the model changes under it: layouts, ties, freezing, buffers; and what a refused call leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distckpt import EMAModel
+from distckpt.averaging.outer import ANCHOR, MOMENTUM, OuterStep
+from distckpt.errors import ConfigError, IncompatibleState
+
+
+def drift(model: nn.Module, seed: int) -> None:
+    """Change every trained parameter by values that do not depend on its strides."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def shadow(ema: EMAModel) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = ema.state_dict()["shadow"]
+    return found
+
+
+class Reference:
+    """The formula, by hand."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.values = {n: p.detach().double().contiguous().clone() for n, p in model.named_parameters()}
+
+    def update(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            self.values[name] += (1 - self.decay) * (parameter.detach().double() - self.values[name])
+
+    def check(self, ema: EMAModel) -> None:
+        found = shadow(ema)
+        assert found.keys() == self.values.keys()
+        for name, value in self.values.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- strides and dtypes
+
+
+def to_channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def to_channels_last_and_back(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.contiguous_format)
+
+
+def assigned_turned(model: nn.Module) -> None:
+    turned = {n: v.movedim(0, -1).contiguous().movedim(-1, 0) for n, v in model.state_dict().items()}
+    assert any(not v.is_contiguous() for v in turned.values())
+    model.load_state_dict(turned, assign=True)
+
+
+def assigned_with_gaps(model: nn.Module) -> None:
+    gaps = {n: torch.stack((v, v), -1)[..., 0] for n, v in model.state_dict().items()}
+    model.load_state_dict(gaps, assign=True)
+
+
+def to_double(model: nn.Module) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["updated", "looked at"])
+@pytest.mark.parametrize(
+    "change", [to_channels_last, to_channels_last_and_back, assigned_turned, assigned_with_gaps, to_double]
+)
+def test_an_average_keeps_its_values_when_weights_lie_otherwise(
+    change: Callable[[nn.Module], None], again: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1), nn.Linear(4, 6))
+    ema, wanted = EMAModel(model, decay=0.75), Reference(model, decay=0.75)
+    for seed in range(3):
+        drift(model, seed)
+        ema.update()
+        wanted.update()
+    change(model)
+    if not again:
+        wanted.check(ema)
+    for seed in range(3, 6):
+        drift(model, seed)
+        ema.update()
+        wanted.update()
+    wanted.check(ema)
+    own = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with ema.averaged():
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach().double(), wanted.values[name], rtol=1e-5, atol=1e-6)
+        to_channels_last(model)
+    assert all(torch.equal(p, own[n]) for n, p in model.named_parameters())
+    wanted.check(ema)
+    leaves = ema.leaves("ema").tensors
+    assert all(str(part.dtype) == f"torch.{leaf.dtype}" for leaf in leaves.values() for _, part in leaf.parts)
+
+
+def test_only_the_shadows_of_changed_weights_get_memory_anew() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 6))
+    ema = EMAModel(model)
+    before = {n: v.data_ptr() for n, v in shadow(ema).items()}
+    to_channels_last(model)
+    after = {n: v.data_ptr() for n, v in shadow(ema).items()}
+    assert {n for n in before if before[n] != after[n]} == {"0.weight"}
+
+
+def test_an_outer_step_keeps_anchor_and_momentum_when_weights_lie_otherwise() -> None:
+    model = nn.Conv2d(3, 5, 3)
+    outer = OuterStep(model)
+    with torch.no_grad():
+        for number in (ANCHOR, MOMENTUM):
+            outer._shadows.parts["weight"][0].views[number].copy_(torch.arange(135.0).view(5, 3, 3, 3) + number)
+    to_channels_last(model)
+    state = outer.state_dict()
+    assert torch.equal(state["anchor"]["weight"], torch.arange(135.0).view(5, 3, 3, 3))
+    assert torch.equal(state["momentum"]["weight"], torch.arange(135.0).view(5, 3, 3, 3) + 1)
