@@ -55,6 +55,7 @@ class LiveWeights:
         self.average_buffers = average_buffers
         self.names: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
+        self._first: dict[str, str] = {}
         self._homes: list[tuple[dict[str, Any], list[int]]] = []
         self._plain: list[torch.Tensor] = []
         self._sharded: list[DTensor] = []
@@ -64,7 +65,7 @@ class LiveWeights:
         """Return where everything lies now; reshards what a forward pass left unsharded (FSDP2).
 
         Raises ``ConfigError`` where there is nothing to average, ``IncompatibleState`` where a parameter is there that was
-        not at the first look, or the other way round.
+        not at the first look, or the other way round, and where weights are tied otherwise.
         """
         state = self.engine.state(optimizer=False)
         parameters = self.parameters()
@@ -136,6 +137,7 @@ class LiveWeights:
             if MODEL + name in state.tensors:
                 leaves[name] = state.tensors[MODEL + name]
         self._check_names(parameters, {*leaves, *aliases})
+        self._check_ties({**{name: name for name in leaves}, **aliases})
         return leaves, aliases
 
     def _check_names(self, parameters: Mapping[str, nn.Parameter], found: set[str]) -> None:
@@ -145,6 +147,17 @@ class LiveWeights:
             raise IncompatibleState(
                 f"the model has changed since the average was made: gone {gone[:5]}, new {new[:5]}; make the average anew "
                 "after the model has its final parameters"
+            )
+
+    def _check_ties(self, first: Mapping[str, str]) -> None:
+        """Refuse other ties than at the first look: one average cannot become two, nor two one, without a wrong value."""
+        other = {name: target for name, target in first.items() if self._first.setdefault(name, target) != target}
+        tied = [f"{name} to {target}" for name, target in sorted(other.items()) if name != target]
+        untied = sorted(f"{name} from {self._first[name]}" for name, target in other.items() if name == target)
+        if other:
+            raise IncompatibleState(
+                f"weights are tied otherwise than when the average was made: tied {tied[:5]}, untied {untied[:5]}; tie them as "
+                "they were (load_state_dict(assign=True) unties), or make the average anew after tying them (tie_weights())"
             )
 
     # ------------------------------------------------------------------ the rest

@@ -124,3 +124,38 @@ def test_an_outer_step_keeps_anchor_and_momentum_when_weights_lie_otherwise() ->
     state = outer.state_dict()
     assert torch.equal(state["anchor"]["weight"], torch.arange(135.0).view(5, 3, 3, 3))
     assert torch.equal(state["momentum"]["weight"], torch.arange(135.0).view(5, 3, 3, 3) + 1)
+
+
+# ---------------------------------------------------------------- ties
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.emb.weight
+
+
+def test_weights_that_became_tied_are_refused_by_name() -> None:
+    model = Tied(tied=False)
+    ema = EMAModel(model)
+    own, model.head.weight = model.head.weight, model.emb.weight
+    for call in (ema.update, ema.apply, ema.state_dict, ema.reset):
+        with pytest.raises(IncompatibleState, match=r"tied \['head.weight to emb.weight'\].*anew after tying"):
+            call()
+    model.head.weight = own
+    assert ema.update()
+
+
+def test_weights_that_became_untied_are_refused_until_they_are_tied_again() -> None:
+    model = Tied(tied=True)
+    ema = EMAModel(model, decay=0.5)
+    start = model.emb.weight.detach().clone()
+    model.load_state_dict({n: v + 2 for n, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(IncompatibleState, match=r"untied \['head.weight from emb.weight'\]"):
+        ema.update()
+    model.head.weight = model.emb.weight
+    ema.update()
+    torch.testing.assert_close(shadow(ema), {"emb.weight": start + 1})
