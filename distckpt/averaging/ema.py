@@ -50,7 +50,8 @@ class EMAModel:
     ``optimizer``: watched, so that ``update`` leaves out micro-batches and steps that a ``GradScaler`` skipped;
     a DeepSpeed engine needs none.
 
-    Tied weights are averaged once. Parameters that do not require gradients and integer buffers are the model's own.
+    Tied weights are averaged once. Parameters that do not require gradients and integer buffers are the model's own. One
+    that is unfrozen later joins at the next ``update`` that moves the shadows, or earlier look, as a copy of what it is then.
     ``buffers`` says what the others are (BatchNorm statistics above all): ``"copy"`` the model's own too, ``"average"``,
     or ``"refuse"`` a model with BatchNorm, whose averaged weights want statistics of their own.
 
@@ -96,7 +97,7 @@ class EMAModel:
         self._progress = Progress(dict(schedules), start, every)
         if not schedules:
             raise ConfigError("decay=(): want at least one number")
-        self._weights = LiveWeights(model, average_buffers=buffers == "average")
+        self._weights = LiveWeights(model, average_buffers=buffers == "average", joining=True)
         if buffers == "refuse":
             _refuse_batch_norm(self._weights.module)
         self._watch = StepWatch(model, optimizer)

@@ -39,8 +39,8 @@ class Swap:
     def undo(self) -> None:
         """Write back what was kept, to where the model's tensors lie now."""
         pass_fences()
-        for name, parts in self._shadows.parts.items():
-            for part, kept in zip(parts, self._kept[name], strict=True):
+        for name, tensors in self._kept.items():  # a weight that was unfrozen since was not changed
+            for part, kept in zip(self._shadows.parts[name], tensors, strict=True):
                 part.live.copy_(kept)
         for buffer, kept in self._buffers:
             buffer.copy_(kept)

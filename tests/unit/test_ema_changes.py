@@ -159,3 +159,53 @@ def test_weights_that_became_untied_are_refused_until_they_are_tied_again() -> N
     model.head.weight = model.emb.weight
     ema.update()
     torch.testing.assert_close(shadow(ema), {"emb.weight": start + 1})
+
+
+# ---------------------------------------------------------------- freezing
+
+
+def test_a_parameter_that_is_unfrozen_joins_as_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False).requires_grad_(False))
+    ema = EMAModel(model, decay=0.5)
+    drift(model, 0)
+    ema.update()
+    assert shadow(ema).keys() == {"0.weight", "0.bias"}
+    model[1].requires_grad_(True)
+    drift(model, 1)
+    ema.update()
+    first = model[1].weight.detach().clone()
+    assert torch.equal(shadow(ema)["1.weight"], first)
+    drift(model, 2)
+    ema.update()
+    torch.testing.assert_close(shadow(ema)["1.weight"], (first + model[1].weight.detach()) / 2)
+    own = model[1].weight.detach().clone()
+    with ema.averaged():
+        assert torch.equal(model[1].weight, shadow_of(ema, "1.weight"))
+    assert torch.equal(model[1].weight, own)
+    assert "ema.1.weight" in ema.settled("ema")
+
+
+def shadow_of(ema: EMAModel, name: str) -> torch.Tensor:
+    return ema._shadows.parts[name][0].views[0]
+
+
+def test_unfreezing_while_averaged_weights_are_in_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    ema = EMAModel(model, decay=0.5)
+    drift(model, 0)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with ema.averaged():
+        model.requires_grad_(True)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert shadow(ema).keys() == before.keys()
+
+
+def test_an_outer_step_refuses_a_parameter_that_is_unfrozen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    outer = OuterStep(model)
+    model[1].weight.requires_grad_(True)
+    for call in (outer.state_dict, lambda: outer.leaves("outer"), outer.reset):
+        with pytest.raises(IncompatibleState, match=r"\['1.weight'\] were frozen .* make it anew after unfreezing"):
+            call()
+    model[1].weight.requires_grad_(False)
+    assert outer.state_dict()["anchor"].keys() == {"0.weight", "0.bias"}
