@@ -172,7 +172,7 @@ class EMAModel:
             swap.put(None if not self._progress.started else number)
             self._weights.written()
         except BaseException:
-            swap.undo()
+            swap.undo(live)
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self._weights.written()
             raise
@@ -186,7 +186,7 @@ class EMAModel:
             raise IncompatibleState("restore() without apply(): the model has its own weights")
         live = self._weights.look()
         self._shadows.fit(live)
-        self._swap.undo()
+        self._swap.undo(live)
         self._swap = None
         self._weights.written()
 

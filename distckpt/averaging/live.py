@@ -29,13 +29,13 @@ class Live:
 
     ``averaged``: what averages move; ``aliases``: further names of those (tied weights). ``followed``: all other tensors
     of the model's state under all of their names (frozen parameters, buffers), whose average is what they are.
-    ``buffers``: persistent buffers, which a forward pass may change.
+    ``buffers``: persistent buffers, which a forward pass may change; the model's own objects.
     """
 
     averaged: Mapping[str, TensorLeaf]
     aliases: Mapping[str, str]
     followed: Mapping[str, TensorLeaf]
-    buffers: tuple[torch.Tensor, ...]
+    buffers: Mapping[str, torch.Tensor]
 
 
 class LiveWeights:
@@ -84,7 +84,7 @@ class LiveWeights:
         averaged, aliases = self._averaged(parameters, state)
         followed = _followed(state, {*averaged, *aliases})
         self._watch(parameters, averaged)
-        return Live(averaged, aliases, followed, tuple(self._buffers(state)))
+        return Live(averaged, aliases, followed, dict(self._buffers(state)))
 
     def moved(self) -> bool:
         """Whether a module, a parameter or its memory is another than ``look`` found, or one is frozen no more.
@@ -186,10 +186,10 @@ class LiveWeights:
 
     # ------------------------------------------------------------------ the rest
 
-    def _buffers(self, state: State) -> Iterator[torch.Tensor]:
+    def _buffers(self, state: State) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in self.module.named_buffers():
-            if MODEL + clean_fqn(name) in state.tensors and clean_fqn(name) not in (self.names):
-                yield buffer.detach()
+            if MODEL + clean_fqn(name) in state.tensors and clean_fqn(name) not in self.names:
+                yield clean_fqn(name), buffer
 
     def _watch(self, parameters: Mapping[str, nn.Parameter], averaged: Mapping[str, TensorLeaf]) -> None:
         if isinstance(self.engine, DeepSpeedEngine):  # its partitions stay what they are; offloading moves their memory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from distckpt import EMAModel
 from distckpt.averaging.outer import ANCHOR, MOMENTUM, OuterStep
-from distckpt.errors import ConfigError, IncompatibleState
+from distckpt.errors import IncompatibleState
 
 
 def drift(model: nn.Module, seed: int) -> None:
@@ -209,3 +208,37 @@ def test_an_outer_step_refuses_a_parameter_that_is_unfrozen() -> None:
             call()
     model[1].weight.requires_grad_(False)
     assert outer.state_dict()["anchor"].keys() == {"0.weight", "0.bias"}
+
+
+# ---------------------------------------------------------------- buffers in a swap
+
+
+def other_objects(model: nn.Module) -> None:
+    model.norm._buffers = {name: buffer.clone() for name, buffer in model.norm._buffers.items()}
+
+
+def to_wider(model: nn.Module) -> None:
+    model.double()  # makes other objects of floating-point buffers
+
+
+def resized(model: nn.Module) -> None:
+    model.norm.running_mean = torch.ones(7)
+
+
+@pytest.mark.parametrize("change", [other_objects, to_wider, resized])
+def test_buffers_that_were_replaced_while_averaged_weights_were_in_the_model_come_back(
+    change: Callable[[nn.Module], None],
+) -> None:
+    model = nn.Module()
+    model.norm = nn.BatchNorm1d(4)
+    ema = EMAModel(model)
+    model.norm(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with ema.averaged():
+        change(model)
+        with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.add_(3)
+    after = model.state_dict()
+    assert all(torch.equal(after[name].to(value.dtype), value) for name, value in before.items())
+    model.norm(torch.randn(5, 4).to(model.norm.weight))
