@@ -133,14 +133,17 @@ class EMAModel:
             raise IncompatibleState(
                 "update() while averaged weights are in the model would average the average; restore() first"
             )
-        if not self._watch.stepped() or skipped:
+        if not self._watch.stepped():
             return False
-        weights = self._progress.advance()
-        if weights is not None:
-            if self._weights.moved():
-                self._shadows.fit(self._weights.look())
-            self._shadows.move(weights)
-        return True
+        if not skipped:
+            after, weights = self._progress.advanced()
+            if weights is not None:
+                if self._weights.moved():
+                    self._shadows.fit(self._weights.look())
+                self._shadows.move(weights)
+            self._progress = after  # only now: a step that was refused does not count, and can be taken in again
+        self._watch.sync()
+        return not skipped
 
     def reset(self) -> None:
         """Begin again from the live weights, with counts at zero: after weights were loaded from elsewhere."""

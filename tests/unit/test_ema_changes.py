@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from distckpt import EMAModel
 from distckpt.averaging.outer import ANCHOR, MOMENTUM, OuterStep
+from distckpt.averaging.schedules import CountRatio
 from distckpt.errors import IncompatibleState
 
 
@@ -242,3 +244,47 @@ def test_buffers_that_were_replaced_while_averaged_weights_were_in_the_model_com
     after = model.state_dict()
     assert all(torch.equal(after[name].to(value.dtype), value) for name, value in before.items())
     model.norm(torch.randn(5, 4).to(model.norm.weight))
+
+
+# ---------------------------------------------------------------- what is refused changes nothing
+
+
+def test_an_update_that_is_refused_does_not_count() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = EMAModel(model, decay=0.5, start=1, warmup=CountRatio(), optimizer=optimizer)
+    for _ in range(2):
+        optimizer.step()
+        ema.update()
+    optimizer.step()
+    before = copy.deepcopy(ema.state_dict())
+    bias, model.bias = model.bias, None
+    for _ in range(2):
+        with pytest.raises(IncompatibleState, match=r"gone \['bias'\]"):
+            ema.update()
+    model.bias = bias
+    after = ema.state_dict()
+    assert after["progress"] == before["progress"]
+    torch.testing.assert_close(after["shadow"], before["shadow"], rtol=0, atol=0)
+    assert ema.update()  # the step is still to be taken in, once
+    assert not ema.update()
+    assert ema.updates == 2
+    optimizer.step()
+    assert not ema.update(skipped=True)
+    assert not ema.update()
+
+
+@pytest.mark.parametrize("key", ["averages", "seen", "start", "schedule", "pending"])
+@pytest.mark.parametrize("how", ["missing", "wrong"])
+def test_a_record_that_lacks_a_key_is_refused_by_its_name(key: str, how: str) -> None:
+    ema = EMAModel(nn.Linear(2, 2), decay=0.5)
+    state = copy.deepcopy(ema.state_dict())
+    place = state["progress"]["averages"][""] if key in ("schedule", "pending") else state["progress"]
+    if how == "missing":
+        del place[key]
+    else:
+        place[key] = "1"
+    with pytest.raises(IncompatibleState, match=f"lacks .*{key}"):
+        ema.load_state_dict(state)
+    with pytest.raises(IncompatibleState, match=f"lacks .*{key}"):
+        ema.take_over("ema", state["progress"], [], [])
