@@ -212,6 +212,8 @@ class EMAModel:
         list of them. It fits the same layout; through a ``CheckpointManager`` averages move between layouts.
         """
         by_name = self._local_state()
+        if not self._progress.started:
+            self._shadows.move([1.0] * len(self.names))  # until then the average is the weights
         return {"shadow": by_name.get("", by_name), "decay": self.decay, "progress": self._progress.plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -294,9 +296,10 @@ class EMAModel:
         if name is None and len(names) == 1:
             return 0
         text = name if isinstance(name, str) else repr(name)
-        if name is None or text not in names:
-            raise ConfigError(f"which average? {name!r} is none of {list(names)}")
-        return names.index(text)
+        called = names if "" not in names else (repr(self.decay),)  # the only one has a decay, though no name
+        if name is None or text not in (*called, *names):
+            raise ConfigError(f"which average? {name!r} is none of {list(called)}")
+        return names.index(text) if text in names else 0
 
     def _local_state(self) -> dict[str, dict[str, Any]]:
         live = self._weights.look()

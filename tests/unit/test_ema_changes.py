@@ -12,7 +12,7 @@ from torch import nn
 from distckpt import EMAModel
 from distckpt.averaging.outer import ANCHOR, MOMENTUM, OuterStep
 from distckpt.averaging.schedules import CountRatio
-from distckpt.errors import IncompatibleState
+from distckpt.errors import ConfigError, IncompatibleState
 
 
 def drift(model: nn.Module, seed: int) -> None:
@@ -288,3 +288,52 @@ def test_a_record_that_lacks_a_key_is_refused_by_its_name(key: str, how: str) ->
         ema.load_state_dict(state)
     with pytest.raises(IncompatibleState, match=f"lacks .*{key}"):
         ema.take_over("ema", state["progress"], [], [])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_reset_leaves_a_diverged_average_behind(bad: float, device: str | None) -> None:
+    model = nn.Linear(2, 2)
+    ema = EMAModel(model, decay=[0.5, 0.9], device=device)
+    good = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model.weight.fill_(bad)
+    ema.update()
+    model.load_state_dict(good)
+    ema.reset()
+    for average in ema.state_dict()["shadow"].values():
+        torch.testing.assert_close(average, good, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- names, and before the start
+
+
+def test_a_single_average_is_called_by_its_decay_too() -> None:
+    model = nn.Linear(2, 2)
+    ema = EMAModel(model, decay=0.999)
+    drift(model, 0)
+    ema.update()
+    for name in (None, "", 0.999, "0.999"):
+        with ema.averaged(name):
+            assert torch.equal(model.weight, shadow_of(ema, "weight"))
+    with pytest.raises(ConfigError, match=r"which average\? 0.99 is none of \['0.999'\]"):
+        ema.apply(0.99)
+    assert not ema.applied
+
+
+@pytest.mark.parametrize("decay", [0.5, [0.5, 0.9]])
+def test_until_the_start_the_average_in_a_state_dict_is_the_weights(decay: float | list[float]) -> None:
+    model = nn.Linear(2, 2)
+    ema = EMAModel(model, decay=decay, start=3)
+    for seed in range(3):
+        drift(model, seed)
+        state = ema.state_dict()["shadow"]
+        for average in [state] if isinstance(decay, float) else state.values():
+            torch.testing.assert_close(average, {n: p.detach() for n, p in model.named_parameters()}, rtol=0, atol=0)
+        ema.update()
+    assert ema.updates == 0
+    own = model.weight.detach().clone()
+    drift(model, 3)
+    assert torch.equal(shadow_of(ema, "weight"), own)
+    ema.update()
+    torch.testing.assert_close(shadow_of(ema, "weight"), (own + model.weight.detach()) / 2)
