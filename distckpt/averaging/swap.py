@@ -42,9 +42,9 @@ class Swap:
         for name, tensors in self._kept.items():  # a weight that was unfrozen since was not changed
             for part, kept in zip(self._shadows.parts[name], tensors, strict=True):
                 part.live.copy_(kept)
-        for name, buffer in live.buffers.items():  # by name: model.to() makes other objects of buffers
-            kept = self._buffers.get(name)
-            if kept is not None and kept.shape == buffer.shape:
-                buffer.copy_(kept)
-            elif kept is not None:  # it was resized
-                buffer.data = kept.to(buffer)
+        for name, saved in self._buffers.items():
+            buffer = live.buffers.get(name)  # looked up anew: model.to() makes other objects of buffers
+            if buffer is not None and buffer.shape == saved.shape:
+                buffer.copy_(saved)
+            elif buffer is not None:  # it was resized
+                buffer.data = saved.to(buffer)
