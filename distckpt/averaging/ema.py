@@ -50,7 +50,8 @@ class EMAModel:
     ``optimizer``: watched, so that ``update`` leaves out micro-batches and steps that a ``GradScaler`` skipped;
     a DeepSpeed engine needs none.
 
-    Tied weights are averaged once. Parameters that do not require gradients and integer buffers are the model's own.
+    Tied weights are averaged once. Parameters that do not require gradients and integer buffers are the model's own. One
+    that is unfrozen later joins at the next ``update`` that moves the shadows, or earlier look, as a copy of what it is then.
     ``buffers`` says what the others are (BatchNorm statistics above all): ``"copy"`` the model's own too, ``"average"``,
     or ``"refuse"`` a model with BatchNorm, whose averaged weights want statistics of their own.
 
@@ -96,7 +97,7 @@ class EMAModel:
         self._progress = Progress(dict(schedules), start, every)
         if not schedules:
             raise ConfigError("decay=(): want at least one number")
-        self._weights = LiveWeights(model, average_buffers=buffers == "average")
+        self._weights = LiveWeights(model, average_buffers=buffers == "average", joining=True)
         if buffers == "refuse":
             _refuse_batch_norm(self._weights.module)
         self._watch = StepWatch(model, optimizer)
@@ -132,14 +133,17 @@ class EMAModel:
             raise IncompatibleState(
                 "update() while averaged weights are in the model would average the average; restore() first"
             )
-        if not self._watch.stepped() or skipped:
+        if not self._watch.stepped():
             return False
-        weights = self._progress.advance()
-        if weights is not None:
-            if self._weights.moved():
-                self._shadows.fit(self._weights.look())
-            self._shadows.move(weights)
-        return True
+        if not skipped:
+            after, weights = self._progress.advanced()
+            if weights is not None:
+                if self._weights.moved():
+                    self._shadows.fit(self._weights.look())
+                self._shadows.move(weights)
+            self._progress = after  # only now: a step that was refused does not count, and can be taken in again
+        self._watch.sync()
+        return not skipped
 
     def reset(self) -> None:
         """Begin again from the live weights, with counts at zero: after weights were loaded from elsewhere."""
@@ -171,7 +175,7 @@ class EMAModel:
             swap.put(None if not self._progress.started else number)
             self._weights.written()
         except BaseException:
-            swap.undo()
+            swap.undo(live)
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self._weights.written()
             raise
@@ -185,7 +189,7 @@ class EMAModel:
             raise IncompatibleState("restore() without apply(): the model has its own weights")
         live = self._weights.look()
         self._shadows.fit(live)
-        self._swap.undo()
+        self._swap.undo(live)
         self._swap = None
         self._weights.written()
 
@@ -208,6 +212,8 @@ class EMAModel:
         list of them. It fits the same layout; through a ``CheckpointManager`` averages move between layouts.
         """
         by_name = self._local_state()
+        if not self._progress.started:
+            self._shadows.move([1.0] * len(self.names))  # until then the average is the weights
         return {"shadow": by_name.get("", by_name), "decay": self.decay, "progress": self._progress.plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,9 +296,10 @@ class EMAModel:
         if name is None and len(names) == 1:
             return 0
         text = name if isinstance(name, str) else repr(name)
-        if name is None or text not in names:
-            raise ConfigError(f"which average? {name!r} is none of {list(names)}")
-        return names.index(text)
+        called = names if "" not in names else (repr(self.decay),)  # the only one has a decay, though no name
+        if name is None or text not in (*called, *names):
+            raise ConfigError(f"which average? {name!r} is none of {list(called)}")
+        return names.index(text) if text in names else 0
 
     def _local_state(self) -> dict[str, dict[str, Any]]:
         live = self._weights.look()

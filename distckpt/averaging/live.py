@@ -29,19 +29,22 @@ class Live:
 
     ``averaged``: what averages move; ``aliases``: further names of those (tied weights). ``followed``: all other tensors
     of the model's state under all of their names (frozen parameters, buffers), whose average is what they are.
-    ``buffers``: persistent buffers, which a forward pass may change.
+    ``buffers``: persistent buffers, which a forward pass may change; the model's own objects.
     """
 
     averaged: Mapping[str, TensorLeaf]
     aliases: Mapping[str, str]
     followed: Mapping[str, TensorLeaf]
-    buffers: tuple[torch.Tensor, ...]
+    buffers: Mapping[str, torch.Tensor]
 
 
 class LiveWeights:
-    """The weights of one model or DeepSpeed engine. ``names`` of what is averaged are settled at the first look."""
+    """The weights of one model or DeepSpeed engine. ``names`` of what is averaged are settled at the first look.
 
-    def __init__(self, model: Any, *, average_buffers: bool) -> None:
+    ``joining``: a parameter that was frozen then and is trained later joins them; without, it is refused.
+    """
+
+    def __init__(self, model: Any, *, average_buffers: bool, joining: bool = False) -> None:
         self.engine: Engine = engine_for(None, None, model) if is_deepspeed(model) else engine_for(model, None)
         if isinstance(self.engine, FSDP1Engine):
             raise ConfigError(
@@ -53,9 +56,12 @@ class LiveWeights:
             raise ConfigError(f"cannot average the weights of engine {self.engine.name!r}: it shows no module")
         self.module = module
         self.average_buffers = average_buffers
+        self.joining = joining
         self.names: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
+        self._first: dict[str, str] = {}
         self._homes: list[tuple[dict[str, Any], list[int]]] = []
+        self._frozen: list[nn.Parameter] = []
         self._plain: list[torch.Tensor] = []
         self._sharded: list[DTensor] = []
         self._addresses: list[int] = []
@@ -64,7 +70,7 @@ class LiveWeights:
         """Return where everything lies now; reshards what a forward pass left unsharded (FSDP2).
 
         Raises ``ConfigError`` where there is nothing to average, ``IncompatibleState`` where a parameter is there that was
-        not at the first look, or the other way round.
+        not at the first look, or the other way round, is tied otherwise, or was frozen and is not and may not join.
         """
         state = self.engine.state(optimizer=False)
         parameters = self.parameters()
@@ -74,16 +80,20 @@ class LiveWeights:
                 raise ConfigError(
                     f"{type(self.module).__name__} has no floating-point parameter that requires gradients: nothing to average"
                 )
+        self._unfrozen(parameters)
         averaged, aliases = self._averaged(parameters, state)
         followed = _followed(state, {*averaged, *aliases})
         self._watch(parameters, averaged)
-        return Live(averaged, aliases, followed, tuple(self._buffers(state)))
+        return Live(averaged, aliases, followed, dict(self._buffers(state)))
 
     def moved(self) -> bool:
-        """Whether a module, a parameter or its memory is another than ``look`` found; asked before every update."""
+        """Whether a module, a parameter or its memory is another than ``look`` found, or one is frozen no more.
+
+        Asked before every update.
+        """
         # Asked for thousands of tensors between two steps, and what they point to is in no cache.
         other = any(list(map(id, home.values())) != ids for home, ids in self._homes)
-        return other or self._addresses_now() != self._addresses
+        return other or any(p.requires_grad for p in self._frozen) or self._addresses_now() != self._addresses
 
     def _addresses_now(self) -> list[int]:
         return [t.data_ptr() for t in self._plain] + [t._local_tensor.data_ptr() for t in self._sharded]
@@ -115,6 +125,21 @@ class LiveWeights:
                 if kept and (buffer.is_floating_point() or buffer.is_complex()):
                     yield clean_fqn(name)
 
+    def _unfrozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take in what was frozen at the first look and is not any more."""
+        if isinstance(
+            self.engine, DeepSpeedEngine
+        ):  # its optimizer has what was trained when it was made, nothing else
+            return
+        rest = self._known - self.names
+        thawed = sorted(name for name, p in parameters.items() if p.requires_grad and name in rest)
+        if thawed and not self.joining:
+            raise IncompatibleState(
+                f"{thawed[:5]} were frozen when this was made and require gradients now; make it anew after unfreezing them, "
+                "or freeze them again"
+            )
+        self.names |= set(thawed)
+
     def _averaged(
         self, parameters: Mapping[str, nn.Parameter], state: State
     ) -> tuple[dict[str, TensorLeaf], dict[str, str]]:
@@ -136,6 +161,7 @@ class LiveWeights:
             if MODEL + name in state.tensors:
                 leaves[name] = state.tensors[MODEL + name]
         self._check_names(parameters, {*leaves, *aliases})
+        self._check_ties({**{name: name for name in leaves}, **aliases})
         return leaves, aliases
 
     def _check_names(self, parameters: Mapping[str, nn.Parameter], found: set[str]) -> None:
@@ -147,12 +173,23 @@ class LiveWeights:
                 "after the model has its final parameters"
             )
 
+    def _check_ties(self, first: Mapping[str, str]) -> None:
+        """Refuse other ties than at the first look: one average cannot become two, nor two one, without a wrong value."""
+        other = {name: target for name, target in first.items() if self._first.setdefault(name, target) != target}
+        tied = [f"{name} to {target}" for name, target in sorted(other.items()) if name != target]
+        untied = sorted(f"{name} from {self._first[name]}" for name, target in other.items() if name == target)
+        if other:
+            raise IncompatibleState(
+                f"weights are tied otherwise than when the average was made: tied {tied[:5]}, untied {untied[:5]}; tie them as "
+                "they were (load_state_dict(assign=True) unties), or make the average anew after tying them (tie_weights())"
+            )
+
     # ------------------------------------------------------------------ the rest
 
-    def _buffers(self, state: State) -> Iterator[torch.Tensor]:
+    def _buffers(self, state: State) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in self.module.named_buffers():
-            if MODEL + clean_fqn(name) in state.tensors and clean_fqn(name) not in (self.names):
-                yield buffer.detach()
+            if MODEL + clean_fqn(name) in state.tensors and clean_fqn(name) not in self.names:
+                yield clean_fqn(name), buffer
 
     def _watch(self, parameters: Mapping[str, nn.Parameter], averaged: Mapping[str, TensorLeaf]) -> None:
         if isinstance(self.engine, DeepSpeedEngine):  # its partitions stay what they are; offloading moves their memory
@@ -164,6 +201,7 @@ class LiveWeights:
             tensors = [parameters[name] for name in averaged if name in parameters]
             if self.average_buffers:
                 tensors += [buffer for buffer in self.module.buffers() if buffer.numel()]
+            self._frozen = [parameter for name, parameter in parameters.items() if name not in self.names]
             homes = [home for m in self.module.modules() for home in (m._modules, m._parameters) if home]
             self._homes = [(home, list(map(id, home.values()))) for home in homes]
         self._sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]

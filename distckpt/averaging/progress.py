@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,13 +48,19 @@ class Progress:
         """Steps that are in the averages."""
         return max(0, self.seen - self.start)
 
+    def advanced(self) -> tuple[Progress, list[float] | None]:
+        """Return the record as it is after one more step, and what ``advance`` returns; this one stays as it is."""
+        after = copy.copy(self)
+        return after, after.advance()
+
     def advance(self) -> list[float] | None:
         """Count one step; return how far each shadow has to move towards the weights now, or None where it stays."""
         self.seen += 1
         if self.seen <= self.start:
             return [1.0] * len(self.schedules) if self.seen == self.start else None
-        for label, schedule in self.schedules.items():
-            self.pending[label] *= schedule.at(self.updates - 1)
+        self.pending = {
+            label: self.pending[label] * schedule.at(self.updates - 1) for label, schedule in self.schedules.items()
+        }
         if self.updates % self.every:
             return None
         weights = [1.0 - self.pending[label] for label in self.schedules]
@@ -84,7 +91,7 @@ class Progress:
             raise IncompatibleState(
                 f"the saved state is not the record of an average that this distckpt knows (version {VERSION}): {plain!r:.200}"
             )
-        averages = plain["averages"]
+        averages = _averages(plain)
         if list(averages) != list(self.schedules):
             raise IncompatibleState(
                 f"averages {list(averages)} were saved, {list(self.schedules)} are here; make them with the same decays"
@@ -108,8 +115,25 @@ class Progress:
         self.pending = dict.fromkeys(self.schedules, 1.0)
 
 
+def _averages(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a record holds for each average; ``IncompatibleState`` names the keys that are missing or wrong."""
+    wrong = [key for key in ("seen", "start") if type(plain.get(key)) is not int or plain[key] < 0]
+    averages = plain.get("averages")
+    if not isinstance(averages, Mapping):
+        wrong.append("averages")
+    for label, saved in averages.items() if isinstance(averages, Mapping) else ():
+        saved = saved if isinstance(saved, Mapping) else {}
+        if not isinstance(saved.get("schedule"), Mapping):
+            wrong.append(f"averages[{label!r}]['schedule']")
+        if type(saved.get("pending")) not in (int, float):
+            wrong.append(f"averages[{label!r}]['pending']")
+    if wrong:
+        raise IncompatibleState(f"the record of an average lacks {wrong}, or has no valid value there: {plain!r:.200}")
+    return plain["averages"]  # type: ignore[no-any-return]
+
+
 class StepWatch:
-    """Whether the optimizer has stepped since the last question: micro-batches and skipped (overflow) steps do not count.
+    """Whether the optimizer has stepped since the last ``sync``: micro-batches and skipped (overflow) steps do not count.
 
     A DeepSpeed engine counts both itself. ``torch.optim`` optimizers are watched by a hook, which a ``GradScaler`` that
     finds an overflow does not reach (a fused optimizer is reached, and its ``found_inf`` read: one device synchronisation).
@@ -127,15 +151,13 @@ class StepWatch:
         self._last = self._count()
 
     def stepped(self) -> bool:
-        """Return whether there was a step since the last question or ``sync``."""
+        """Return whether there was a step since the last ``sync``."""
         if self._engine is not None:
-            last, self._last = self._last, self._count()
-            return last != self._last
-        stepped, self._stepped[0] = self._stepped[0], False
-        return stepped or not self._watching
+            return self._last != self._count()
+        return self._stepped[0] or not self._watching
 
     def sync(self) -> None:
-        """Forget steps until now; after a load has set counters anew."""
+        """Forget steps until now: they are taken in, or a load has set counters anew."""
         self._last = self._count()
         self._stepped[0] = False
 

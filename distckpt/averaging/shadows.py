@@ -40,6 +40,9 @@ class Shadows:
     def fit(self, live: Live) -> None:
         """Attach to where the weights lie now; the first time shadows begin as copies, later they keep their values.
 
+        Where a weight has other strides or another dtype than before, its shadows get memory anew, as an update goes through
+        both in the order of memory.
+
         Raises ``IncompatibleState`` where a weight is held in other boxes than before.
         """
         changed = [name for name in self.parts if _boxes(self.leaves[name]) != _boxes(live.averaged[name])]
@@ -48,27 +51,40 @@ class Shadows:
                 f"the shapes or the sharding of {changed[:5]} have changed since the average was made; make it anew once the "
                 "model is in its final layout, and bring its values over through a checkpoint"
             )
-        new = [part for n, leaf in live.averaged.items() if n not in self.parts for _, part in leaf.parts]
+        new = [
+            part
+            for name, leaf in live.averaged.items()
+            for number, (_, part) in enumerate(leaf.parts)
+            if not self._fits(self._known(name, number), part)
+        ]
         memory = _Memory(sum(self.count * _room(self._shape(part)) for part in new if self._device(part).type == "cpu"))
         self.parts = {name: self._fit_one(name, leaf, memory) for name, leaf in live.averaged.items()}
         self.leaves = live.averaged
         self._updater = None
 
     def _fit_one(self, name: str, leaf: TensorLeaf, free: _Memory) -> tuple[Part, ...]:
-        known = self.parts.get(name)
         parts = []
         for number, (box, live) in enumerate(leaf.parts):
-            device = self._device(live)
-            if known is None:
-                memory = tuple(self._allocate(live, device, free) for _ in range(self.count))
-            else:
-                memory = tuple(m.to(device) for m in known[number].memory)
+            device, old = self._device(live), self._known(name, number)
+            if old is not None and self._fits(old, live):
+                memory = tuple(m.to(device) for m in old.memory)
+                parts.append(Part(box, live, memory, tuple(_like(m, live) for m in memory)))
+                continue
+            memory = tuple(self._allocate(live, device, free) for _ in range(self.count))
             part = Part(box, live, memory, tuple(_like(m, live) for m in memory))
-            if known is None:
-                for view in part.views:
-                    view.copy_(live)
+            for average, view in enumerate(part.views):
+                view.copy_(live if old is None else old.views[average])
             parts.append(part)
         return tuple(parts)
+
+    def _known(self, name: str, number: int) -> Part | None:
+        return self.parts[name][number] if name in self.parts else None
+
+    def _fits(self, old: Part | None, live: torch.Tensor) -> bool:
+        """Whether a part's memory serves a weight as it lies now: its elements in the same order, of the right dtype."""
+        if old is None or _order(old.live) != _order(live):
+            return False
+        return all(memory.dtype == self._shape(live).dtype for memory in old.memory)
 
     def _allocate(self, live: torch.Tensor, device: torch.device, free: _Memory) -> torch.Tensor:
         like = self._shape(live)
@@ -84,6 +100,11 @@ class Shadows:
 
     def move(self, weights: Sequence[float]) -> None:
         """Move every shadow towards its weight, in one pass; one number per average, 1 copies."""
+        if all(weight == 1.0 for weight in weights):
+            for name in self.parts:  # a sum with a shadow that is NaN or infinite would be NaN for ever
+                for average in range(self.count):
+                    self.copy(name, average)
+            return
         if self._updater is None:
             pairs = [Pair(_flat(part.live), part.memory) for parts in self.parts.values() for part in parts]
             self._updater = Updater(pairs)
@@ -136,6 +157,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     if tensor.is_contiguous():
         return True
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # strides are kept only if dense
+
+
+def _order(live: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the order in which a weight's shadow has its elements; None is that of rows."""
+    return live.stride() if _is_dense(live) else None
 
 
 def _flat(live: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Swap:
             name: [part.live.detach().clone().to(shadows.device or part.live.device) for part in parts]
             for name, parts in shadows.parts.items()
         }
-        self._buffers = [(buffer, buffer.clone()) for buffer in live.buffers]
+        self._buffers = {name: buffer.detach().clone() for name, buffer in live.buffers.items()}
 
     @torch.no_grad()
     def put(self, average: int | None) -> None:
@@ -36,11 +36,15 @@ class Swap:
                 part.live.copy_(part.views[average])
 
     @torch.no_grad()
-    def undo(self) -> None:
-        """Write back what was kept, to where the model's tensors lie now."""
+    def undo(self, live: Live) -> None:
+        """Write back what was kept, to where the model's tensors lie now: ``live`` and the shadows' parts."""
         pass_fences()
-        for name, parts in self._shadows.parts.items():
-            for part, kept in zip(parts, self._kept[name], strict=True):
+        for name, tensors in self._kept.items():  # a weight that was unfrozen since was not changed
+            for part, kept in zip(self._shadows.parts[name], tensors, strict=True):
                 part.live.copy_(kept)
-        for buffer, kept in self._buffers:
-            buffer.copy_(kept)
+        for name, saved in self._buffers.items():
+            buffer = live.buffers.get(name)  # looked up anew: model.to() makes other objects of buffers
+            if buffer is not None and buffer.shape == saved.shape:
+                buffer.copy_(saved)
+            elif buffer is not None:  # it was resized
+                buffer.data = saved.to(buffer)

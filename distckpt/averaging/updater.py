@@ -41,15 +41,16 @@ class Pair:
     shadows: tuple[torch.Tensor, ...]
 
     def cut(self, limit: int) -> Iterator[Pair]:
-        """Yield pieces along the first dimension, of at most ``limit`` elements where rows allow."""
+        """Yield pieces of at most ``limit`` elements: runs of rows, and where one row has more, pieces of each row."""
         numel = self.source.numel()
         if numel <= limit or self.source.dim() == 0:
             yield self
             return
-        rows = max(1, limit * self.source.shape[0] // numel)
-        pieces = [torch.split(tensor, rows) for tensor in (self.source, *self.shadows)]
+        tensors, rows = (self.source, *self.shadows), limit * self.source.shape[0] // numel
+        pieces = [torch.split(tensor, rows) if rows else torch.unbind(tensor) for tensor in tensors]
         for source, *shadows in zip(*pieces, strict=True):
-            yield Pair(source, tuple(shadows))
+            piece = Pair(source, tuple(shadows))
+            yield from (piece,) if rows else piece.cut(limit)
 
 
 class _Lanes:

@@ -57,6 +57,22 @@ def test_every_way_gives_the_formula(
             assert torch.equal(found, pair.source.float())
 
 
+@pytest.mark.parametrize("size", [(3, 40, 50), (2, 1, 3, 700), (1, 5000), (5000,), (7, 11), (), (0, 9), (4, 0), (2, 100, 1, 1)])
+@pytest.mark.parametrize("limit", [1, 64, 100, 1000])
+def test_pieces_are_small_whichever_dimension_is_large(size: tuple[int, ...], limit: int) -> None:
+    whole = torch.zeros(size)
+    shadow = torch.zeros((*size, 2))[..., 0]  # other strides
+    pieces = list(Pair(whole, (shadow,)).cut(limit))
+    for number, piece in enumerate(pieces):
+        assert piece.source.numel() <= limit
+        assert piece.source.shape == piece.shadows[0].shape
+        for tensor in (piece.source, *piece.shadows):
+            tensor += number + 1
+    assert torch.equal(whole, shadow)  # the same places of both
+    assert sum(piece.source.numel() for piece in pieces) == whole.numel()
+    assert (whole > 0).all()
+
+
 def test_threads_take_chunks_in_turn_and_start_none_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     whole = updater._Batch.run
