@@ -127,10 +127,8 @@ class LiveWeights:
 
     def _unfrozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take in what was frozen at the first look and is not any more."""
-        if isinstance(
-            self.engine, DeepSpeedEngine
-        ):  # its optimizer has what was trained when it was made, nothing else
-            return
+        if isinstance(self.engine, DeepSpeedEngine):
+            return  # its optimizer has what was trained when it was made, nothing else
         rest = self._known - self.names
         thawed = sorted(name for name, p in parameters.items() if p.requires_grad and name in rest)
         if thawed and not self.joining:
