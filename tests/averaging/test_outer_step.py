@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distckpt import average_across_ranks, open_checkpoint
+from distckpt import average_across_ranks, clock, open_checkpoint
 from distckpt.averaging.outer import OuterStep
 from distckpt.dcp.leaves import tensor_leaf
 from distckpt.errors import ConfigError, IncompatibleState, ReplicasDiffer
@@ -141,6 +141,25 @@ def different(rank: int) -> str:
 
 def test_replicas_that_start_apart_are_refused_before_anything_moves() -> None:
     assert len(run_ranks(2, different)) == 2
+
+
+def another_model(rank: int) -> tuple[str, bool, int]:
+    model = net()
+    outer = OuterStep(model)
+    drift(model, rank)
+    before, started = whole(model), clock.monotonic()
+    with pytest.raises(ConfigError, match="another model") as error:
+        average_across_ranks(nn.Linear(2, 2) if rank == 1 else model, op=outer)  # the usual time: half an hour
+    assert all(torch.equal(before[name], value) for name, value in whole(model).items())
+    in_time = clock.monotonic() - started < 15.0
+    outer.step(timeout_s=20.0)  # and the group can be used
+    return str(error.value), in_time, outer.steps
+
+
+def test_another_model_on_one_rank_is_an_error_of_all_at_once() -> None:
+    found = run_ranks(2, another_model)
+    assert [f[1:] for f in found] == [(True, 1)] * 2
+    assert "rank 1" in found[0][0]
 
 
 def test_wrong_use() -> None:
