@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def drift(model: nn.Module, seed: int) -> None:
     for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         noise = torch.randn(tuple(parameter.shape), generator=torch.Generator().manual_seed(100 * seed + number))
         for box, local in tensor_leaf("", parameter).parts:
-            local.add_(noise[box.slices], alpha=0.1)
+            local.add_(noise[box.slices].to(local.device), alpha=0.1)
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -190,14 +192,52 @@ def test_a_checkpoint_without_it_begins_again(tmp_path: Path) -> None:
     assert torch.equal(outer.state_dict()["anchor"]["1.bias"], net()[1].bias)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_copies_run_beside_training() -> None:
-    def work(rank: int) -> bool:
-        model = net().cuda()
-        outer = OuterStep(model, device="cpu")
-        drift(model.cpu(), rank)
-        model.cuda()
-        average_across_ranks(model, bucket=7)
-        return outer.step(timeout_s=20.0).tensors == 3
+def on_device(rank: int, device: str, offload: bool) -> dict[str, torch.Tensor]:
+    """Return weights and a buffer after two outer steps and a plain mean, of a model on a device that is still at work."""
+    if device != "cpu":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    model = net()
+    model.register_buffer("level", torch.zeros(9))
+    model.to(device)
+    outer = OuterStep(model, device="cpu" if offload else None)
+    for number in range(3):
+        if device != "cpu":
+            torch.cuda._sleep(50_000_000)  # what follows has not run when the call below looks at the weights
+        drift(model, 2 * number + rank)
+        with torch.no_grad():
+            model.level.add_(1.0 + rank)
+        settings: dict[str, Any] = {"bucket": 7, "timeout_s": 60.0}
+        report = outer.step(**settings) if number < 2 else average_across_ranks(model, **settings)
+        assert (report.tensors, report.buffers) == (3, 1)
+        assert report.collectives > 8  # 59 elements of weights, at most 7 at a time
+        with torch.no_grad():
+            for parameter in model.parameters():  # at once, on the stream that training uses
+                parameter.mul_(0.5)
+    return {name: value.cpu() for name, value in model.state_dict().items()}
 
-    assert run_ranks(1, work, backend="nccl") == [True]
+
+def compare_with_the_host(backend: str, world: int, device: str) -> None:
+    for offload in (True, False):
+        wanted = run_ranks(world, on_device, "cpu", offload)[0]
+        found = run_ranks(world, on_device, device, offload, backend=backend, timeout_s=120)
+        for own in found:
+            assert own.keys() == wanted.keys()
+            for name, value in wanted.items():
+                torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
+                assert torch.equal(own[name], found[0][name])
+
+
+def test_the_comparison_of_devices_holds_on_the_host() -> None:
+    compare_with_the_host("gloo", 2, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "world"), [("nccl", 1), ("gloo", 2)])  # NCCL wants a device for each rank, gloo does not
+def test_on_a_gpu_means_and_outer_steps_are_what_they_are_on_the_host(backend: str, world: int) -> None:
+    # In a process of its own: ranks are forked, and this process may have looked for a device, which no fork survives.
+    call = f"import test_outer_step; test_outer_step.compare_with_the_host({backend!r}, {world}, 'cuda')"
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (here.parents[1], here.parent, here, os.environ.get("PYTHONPATH", ""))))
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", call], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
