@@ -7,6 +7,7 @@ A call is a round of the agreement (everything is compared, NaN is looked for, n
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import msgspec
 import torch
 
 from distckpt import errors
+from distckpt.averaging.arithmetic import AVERAGEABLE
 from distckpt.averaging.buckets import (
     BUCKET,
     Moved,
@@ -102,6 +104,12 @@ class Call:
             raise ConfigError(f"dtype={self.dtype}: sums want torch.float32 or torch.float64")
         if self.bucket < 1:
             raise ConfigError(f"bucket={self.bucket}: want a number of elements, 1 or more")
+        if not _is_time(self.timeout_s):
+            raise ConfigError(f"timeout_s={self.timeout_s!r}: want seconds, above 0")
+
+    def deadline(self) -> Deadline:
+        """Return when the call is over. What is no time at all is told to the others in the round, within the usual time."""
+        return Deadline.after(self.timeout_s if _is_time(self.timeout_s) else TIMEOUT_S)
 
     @property
     def settings(self) -> str:
@@ -137,13 +145,14 @@ def average_across_ranks(
     Sums are fp32, or ``dtype=torch.float64``; fp64 tensors' are fp64. ``bucket``: elements reduced at a time.
 
     The result has the same bits on all replicas, which is checked. Raises, on all ranks and before anything was changed:
-    ``IncompatibleState`` (weights that are NaN or infinite, other tensors, shapes, dtypes or layouts, by rank and FQN),
+    ``IncompatibleState`` (weights that are NaN or infinite, buffers to average that are NaN or have other infinities than their
+    partners', other tensors, shapes, dtypes or layouts, by rank and FQN),
     ``ConfigError`` (weights, settings that differ, ranks that are one replica), ``AgreementTimeout`` naming ranks that did
     not come within ``timeout_s``. An ``AgreementError`` with ``in_doubt``, from a rank that died later, leaves weights that
     may be partly averaged: load the last checkpoint.
     """
     call = Call(group, weights, buffers, dtype, bucket, timeout_s)
-    if callable(getattr(op, "run", None)):
+    if callable(getattr(op, "run", None)) and not isinstance(op, type):
         return op.run(model, call)  # type: ignore[no-any-return]
 
     def prepare(_: Live) -> Operation:
@@ -176,7 +185,7 @@ class Averager:
     @torch.no_grad()
     def run(self, call: Call, prepare: Callable[[Live], Operation]) -> AcrossReport:
         """Do one call; see ``average_across_ranks``. ``prepare``: says what to do with the weights as they lie now."""
-        line, deadline = line_over(call.group), Deadline.after(call.timeout_s)
+        line, deadline = line_over(call.group), call.deadline()
         key = line.key()
         try:
             with line.agreement.guard(key, deadline=deadline):
@@ -230,9 +239,14 @@ class Averager:
         sums: dict[str, int] = {}
         for kind, alike in by_kind([live.averaged[name] for name in operation.same], line.rank).items():
             sums[kind] = checksum([tensor for leaf in alike for tensor in operation.same[leaf.fqn]])
+        infinite = _infinities(buffers, line.rank) if own != 0 and call.buffers == "average" else {}
         settings = f"op={operation.settings}, {call.settings}"
         structure = digests.digest(msgspec.json.encode(rows))
-        return Offer(line.rank, socket.gethostname(), structure, settings, own, given, kinds, sums)
+        return Offer(line.rank, socket.gethostname(), structure, settings, own, given, kinds, sums, infinite)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 # ---------------------------------------------------------------------- rounds
@@ -299,6 +313,21 @@ def _raise(error: AgreementError) -> NoReturn:
             missing=error.missing, in_doubt=True,
         ) from error  # fmt: skip
     raise error
+
+
+def _infinities(buffers: Mapping[str, TensorLeaf], rank: int) -> dict[str, tuple[str, int]]:
+    """Return kind and checksum of the buffers with infinities, which a mask may have; ``IncompatibleState`` for NaN."""
+    found = not_finite({name: leaf for name, leaf in buffers.items() if leaf.dtype in AVERAGEABLE})
+    bad = [name for name in found if any(bool(real(t).double().isnan().any()) for _, t in buffers[name].parts)]
+    if bad:
+        raise IncompatibleState(
+            f"rank {rank} has buffers that are NaN: {first_names(bad, 5)}; nothing was changed on any rank. Load its last good "
+            "checkpoint, give it weight 0 to take the others' mean, or average with buffers='keep'"
+        )
+    return {
+        name: (kind_of(buffers[name], rank)[0], checksum([tensor for _, tensor in buffers[name].parts]))
+        for name in found
+    }
 
 
 def pairs_of(leaf: TensorLeaf, operation: Operation) -> list[Pair]:

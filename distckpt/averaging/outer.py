@@ -81,9 +81,13 @@ class OuterStep:
 
     def run(self, model: Any, call: Call) -> AcrossReport:
         """Do the call of ``average_across_ranks(model, op=self)``."""
-        if model is not self._model:
-            raise ConfigError("op=OuterStep(...) of another model; make one for this model")
-        report = self._averager.run(call, self._prepare)
+
+        def prepare(live: Live) -> Operation:
+            if model is not self._model:  # told here, where it ends the call on all ranks: the others wait for this one
+                raise ConfigError("op=OuterStep(...) of another model; make one for this model")
+            return self._prepare(live)
+
+        report = self._averager.run(call, prepare)
         self.steps += 1
         return report
 

@@ -8,6 +8,7 @@ combination of the snapshots can come; how near is the fit error.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +18,20 @@ import msgspec
 import numpy as np
 import torch
 
+from distckpt.averaging.arithmetic import AVERAGEABLE
 from distckpt.averaging.average import AverageReport, Options, combine_checkpoints
 from distckpt.averaging.ema import EMAModel
 from distckpt.averaging.schedules import PowerFunction, Schedule, gamma_of
 from distckpt.averaging.sources import Term
+from distckpt.averaging.structure import statistics
 from distckpt.averaging.write import fresh_key, raise_cause
 from distckpt.boxes import Box, flat_range_to_boxes
 from distckpt.clock import Deadline
+from distckpt.engines.base import MODEL
 from distckpt.errors import AgreementError, CheckpointNotFound, ConfigError, IncompatibleState
 from distckpt.format.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+
+log = logging.getLogger("distckpt")
 
 BLOCK = 1 << 22
 """Elements that are combined at a time: 64 MiB with float64 sums and what is read."""
@@ -60,7 +66,8 @@ class PostHocEMA(EMAModel):
 class Snapshot:
     """One average in one checkpoint: what ``open_checkpoint`` takes, the prefix of its tensors, its profile.
 
-    ``count``: optimizer steps that are in it, which is the time of its profile.
+    ``count``: optimizer steps that are in it, which is the time of its profile. ``updates``: with those that came since the
+    average last moved (``every``); 0 where it is not known.
     """
 
     path: str
@@ -68,6 +75,7 @@ class Snapshot:
     prefix: str
     sigma_rel: float
     count: int
+    updates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ class Synthesis:
     """A combination of snapshots; ``weights`` belong to ``snapshots`` and sum to 1.
 
     ``fit_error``: distance of the combined profile from the wanted one over the wanted one's length, in the L2 norm: 0.01
-    means that a hundredth of the weighting is elsewhere than asked for.
+    means that a hundredth of the weighting is elsewhere than asked for. ``left_out``: steps of earlier snapshots that it
+    could not use, as the averages began again after them.
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -83,6 +92,7 @@ class Synthesis:
     sigma_rel: float
     count: int
     fit_error: float
+    left_out: tuple[int, ...] = ()
 
 
 def snapshots(root: str | os.PathLike[str], *, name: str = "ema") -> list[Snapshot]:
@@ -98,7 +108,8 @@ def snapshots(root: str | os.PathLike[str], *, name: str = "ema") -> list[Snapsh
             if "sigma_rel" in average["schedule"] and record["updates"] >= record["every"]:
                 count = record["updates"] // record["every"] * record["every"]
                 prefix = f"{name}.{label}."
-                found.append(Snapshot(info.path, info.step, prefix, average["schedule"]["sigma_rel"], count))
+                sigma_rel = average["schedule"]["sigma_rel"]
+                found.append(Snapshot(info.path, info.step, prefix, sigma_rel, count, record["updates"]))
     if not found:
         raise CheckpointNotFound(
             f"{root}: no checkpoint has power-function averages called {name!r}; train with stateful={{{name!r}: "
@@ -112,13 +123,24 @@ def solve_weights(found: Sequence[Snapshot], sigma_rel: float, *, step: int | No
 
     Least squares over the profiles as functions of time, with weights that sum to 1 (averages of constant weights stay
     what they are). ``step``: of the checkpoint at which the wanted average ends, by default the newest; later snapshots
-    are left out. Raises ``ConfigError`` for a width or a step that cannot be.
+    are left out. So are those from before the averages last began again (``reset``, a resume without their state), as
+    counts that fall tell: they have another time axis; a warning says so.
+
+    Raises ``ConfigError`` for a width or a step that cannot be.
     """
     if step is None:
         step = max((s.step for s in found), default=0)
-    used = tuple(s for s in found if s.step <= step)
-    if not any(s.step == step for s in used):
+    until = [s for s in found if s.step <= step]
+    if not any(s.step == step for s in until):
         raise ConfigError(f"step={step}: snapshots are at steps {sorted({s.step for s in found})}")
+    began = _beginning(until)
+    used = tuple(s for s in until if s.step >= began)
+    left_out = tuple(sorted({s.step for s in until if s.step < began}))
+    if left_out:
+        log.warning(
+            "the averages began again between steps %d and %d: snapshots at %d earlier steps are left out of the average "
+            "that ends at step %d; for one that ends before, name its step", left_out[-1], began, len(left_out), step,
+        )  # fmt: skip
     count = max(s.count for s in used)
     times = np.array([s.count for s in used], dtype=np.float64)
     gammas = np.array([gamma_of(s.sigma_rel) for s in used])
@@ -128,7 +150,19 @@ def solve_weights(found: Sequence[Snapshot], sigma_rel: float, *, step: int | No
     norm = float(profile_products(float(count), wanted, float(count), wanted))
     weights = _nearest(gram, target)
     excess = norm - 2 * float(target @ weights) + float(weights @ gram @ weights)
-    return Synthesis(used, tuple(weights.tolist()), sigma_rel, count, float(np.sqrt(max(0.0, excess) / norm)))
+    return Synthesis(used, tuple(weights.tolist()), sigma_rel, count, float(np.sqrt(max(0.0, excess) / norm)), left_out)
+
+
+def _beginning(found: Sequence[Snapshot]) -> int:
+    """Return the first step whose snapshots count on to the newest ones."""
+    # Not by the count alone: that falls a little where a job goes on with a larger ``every``.
+    ordered = sorted((s.step, max(s.count, s.updates), s.prefix) for s in found)
+    began, last = ordered[0][0], dict.fromkeys((prefix for _, _, prefix in ordered), 0)
+    for step, counted, prefix in ordered:
+        if counted < last[prefix]:
+            began = step
+        last[prefix] = counted
+    return began
 
 
 def profile_products(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:
@@ -196,25 +230,42 @@ def average_posthoc(
     over the ranks of a process group, streamed, with the same bits on any number of them. What averages only follow
     (frozen parameters, buffers) is the newest snapshot's; BatchNorm statistics are refused unless the options say what to do.
 
-    The report's ``fit`` has ``sigma_rel``, the ``count`` of steps in it, and ``fit_error``, see ``Synthesis``. Raises as
-    ``synthesise`` and ``combine_checkpoints``, on all ranks.
+    The report's ``fit`` has ``sigma_rel``, the ``count`` of steps in it, ``fit_error``, and ``left_out`` if there is any,
+    see ``Synthesis``. Raises as ``synthesise`` and ``combine_checkpoints``, on all ranks.
     """
     options = options or Options()
     group = options.join()
 
     def decide(_: list[bytes]) -> bytes:
         how = solve_weights(snapshots(root, name=name), sigma_rel, step=at)
+        followed = _followed(*_newest(how, {}))
         terms = [[s.path, w, s.prefix] for s, w in zip(how.snapshots, how.weights, strict=True)]
-        fit = {"sigma_rel": how.sigma_rel, "count": how.count, "fit_error": how.fit_error}
-        return msgspec.json.encode([terms, fit])
+        fit: dict[str, Any] = {"sigma_rel": how.sigma_rel, "count": how.count, "fit_error": how.fit_error}
+        fit |= {"left_out": how.left_out} if how.left_out else {}
+        return msgspec.json.encode([terms, followed, fit])
 
     try:
         answer = group.round(fresh_key("posthoc"), b"", decide, deadline=Deadline.after(options.timeout_s))
     except AgreementError as error:
         raise_cause(error)
-    terms, fit = msgspec.json.decode(answer)
-    options = replace(options, agreement=group)
+    terms, followed, fit = msgspec.json.decode(answer)
+    options = replace(options, agreement=group, rules=replace(options.rules, followed=frozenset(followed)))
     return combine_checkpoints([Term(*term) for term in terms], out, method="posthoc", options=options, fit=fit)
+
+
+def _followed(newest: Checkpoint, last: Snapshot) -> list[str]:
+    """Return what the average only follows, as the result calls it: names that stand for tensors outside of the average.
+
+    Integers are left to ``Rules.integers``, and BatchNorm statistics to ``Rules.batchnorm``.
+    """
+    tensors = newest.manifest.tensors
+    outside = {
+        alias.removeprefix(last.prefix): tensors[target].dtype
+        for alias, target in newest.manifest.aliases.items()
+        if alias.startswith(last.prefix) and not target.startswith(last.prefix)
+    }
+    left = set(statistics(list(outside)))
+    return [MODEL + fqn for fqn, dtype in outside.items() if dtype in AVERAGEABLE and fqn not in left]
 
 
 def combined(how: Synthesis, *, block: int = BLOCK) -> Iterator[tuple[str, Box, torch.Tensor]]:

@@ -27,6 +27,7 @@ class Offer(msgspec.Struct, array_like=True):
 
     ``rank``: in the default group. ``structure``: digest of its rows. ``kinds``: kind to coordinate. ``sums``: kind to
     checksum of what partners must have alike already. ``weights``: what it was given for all ranks, if it was.
+    ``infinite``: buffers with infinities, by FQN, with their kind and checksum: partners must have these alike too.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Offer(msgspec.Struct, array_like=True):
     weights: list[float] | None
     kinds: dict[str, list[int]]
     sums: dict[str, int]
+    infinite: dict[str, tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ def check_offers(offers: Sequence[Offer]) -> Agreed | list[int]:
     agreed = Agreed(tuple(o.rank for o in offers), tuple(o.weight for o in offers), kinds)
     for kind in kinds:
         _check_kind(kind, agreed, offers)
+    _check_infinite(agreed, offers)
     return agreed
 
 
@@ -180,6 +183,23 @@ def _check_kind(kind: str, agreed: Agreed, offers: Sequence[Offer]) -> None:
             raise ReplicasDiffer(
                 f"ranks {[agreed.ranks[p] for p in found]} start from different {kind} tensors; average_across_ranks(model) "
                 "before the outer step is made, or load one checkpoint on all ranks"
+            )
+
+
+def _check_infinite(agreed: Agreed, offers: Sequence[Offer]) -> None:
+    """Check that infinities in buffers are a mask's, the same for all partners that go into the mean."""
+    for place, offer in enumerate(offers):
+        alone = [
+            name
+            for name, (kind, own) in offer.infinite.items()
+            for other in agreed.partners(kind, place)
+            if agreed.weights[other] and offers[other].infinite.get(name) != (kind, own)
+        ]
+        if alone:
+            raise IncompatibleState(
+                f"rank {offer.rank} has infinities in buffers where other ranks have other values: "
+                f"{first_names(list(dict.fromkeys(alone)), 5)}; nothing was changed on any rank. Load its last good "
+                "checkpoint, give it weight 0 to take the others' mean, or average with buffers='keep'"
             )
 
 

@@ -47,13 +47,14 @@ class Rules:
     """What a person decides about tensors. ``integers``: take the newest's, or demand equality. ``copy``: patterns of
 
     names (``*.mask``) that are taken from the newest whatever they are. ``dtype``: of averaged model tensors, None for
-    the common one of the members.
+    the common one of the members. ``followed``: names (``model.x``) that are the newest's; no patterns, and any number.
     """
 
     integers: str = "newest"
     copy: Sequence[str] = ()
     dtype: str | None = None
     batchnorm: str = "refuse"
+    followed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.integers not in INTEGERS:
@@ -126,10 +127,14 @@ def _stream(member: Member, name: str) -> Stream:
     return member.source.tensors[member.stored(name)]
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name.removeprefix(MODEL), p) for p in patterns)
+
+
 def _mixed(members: Sequence[Member], name: str, rules: Rules) -> Mixed:
     streams = tuple(_stream(member, name) for member in members)
     newest = streams[-1]
-    if any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name.removeprefix(MODEL), p) for p in rules.copy):
+    if name in rules.followed or _matches(name, rules.copy):
         return Mixed(newest.dtype, newest.shape, "newest", streams)
     if newest.dtype.startswith(("float8_e8", "float4", "bits")):
         raise IncompatibleState(f"{name} is {newest.dtype}, which is no number of its own; dequantise it first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def _one_module(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, (list, tuple)) and model and all(isinstance(m, nn.Module) for m in model):
-        return _Stages(model)
+        return model[0] if len(model) == 1 else _Stages(model)
     if isinstance(model, Mapping) and model:
         return nn.ModuleDict(model)
     raise ConfigError(
@@ -77,8 +78,35 @@ class _Stages(nn.Module):
                     self._modules[name] = _merged(self._modules[name], child)
                 else:
                     self.add_module(name, child)
-            for name, parameter in stage.named_parameters(recurse=False):
-                self.register_parameter(name, parameter)
+        _check_roots(self._stages)
+        # Views: a stage puts another tensor in the place of a buffer when it is moved (``to``) or assigned to.
+        backwards = self._stages[::-1]  # a ChainMap names what its last map has first
+        self._parameters = _Together(*(stage._parameters for stage in backwards))  # type: ignore[assignment]
+        self._buffers = _Together(*(stage._buffers for stage in backwards))  # type: ignore[assignment]
+        self._non_persistent_buffers_set = set().union(*(s._non_persistent_buffers_set for s in self._stages))
+
+
+class _Together(ChainMap[str, Any]):
+    """What stages have at their roots, as it is now; of a name that one sets to None, what another has."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self:
+            raise KeyError(key)
+        return next((held[key] for held in self.maps if held.get(key) is not None), None)
+
+
+def _check_roots(stages: Iterable[nn.Module]) -> None:
+    """Raise ``ConfigError`` for two tensors of one name: only one of them would be in checkpoints."""
+    seen: dict[str, tuple[torch.Tensor, bool]] = {}
+    for stage in stages:
+        for name, tensor in (*stage.named_parameters(recurse=False), *stage.named_buffers(recurse=False)):
+            kept = name not in stage._non_persistent_buffers_set
+            other, other_kept = seen.setdefault(name, (tensor, kept))
+            if other is not tensor and (kept or other_kept):
+                raise ConfigError(
+                    f"two pipeline stages of this rank have a tensor {name!r} of their own, and a checkpoint has room for one: "
+                    "give the stages as a dict, or register what can be computed again with persistent=False"
+                )
 
 
 def _merged(first: nn.Module | None, second: nn.Module) -> nn.Module:

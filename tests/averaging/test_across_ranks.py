@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import average_across_ranks, clock
 from distckpt.averaging.buckets import checksum
+from distckpt.averaging.outer import OuterStep
 from distckpt.dcp.leaves import tensor_leaf
 from distckpt.engines.base import clean_fqn
 from distckpt.errors import AgreementError, ConfigError, DistckptError, IncompatibleState
@@ -309,6 +310,9 @@ CALLS: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": float("nan")}, "ConfigError", "rank 2 has weight nan"),
     ({"weights": [1.0, 2.0]}, "ConfigError", "2 weights for a group of 3"),
     ({"weights": [1.0, 2.0, 3.0]}, "ConfigError", "the same list everywhere"),
+    ({"timeout_s": None}, "ConfigError", "timeout_s=None"),
+    ({"timeout_s": float("nan")}, "ConfigError", "timeout_s=nan"),
+    ({"op": OuterStep}, "ConfigError", "want 'mean' or an OuterStep"),
 ]
 
 
@@ -328,6 +332,56 @@ def test_a_fault_of_one_rank_is_an_error_of_all_and_changes_nothing() -> None:
             assert kind == wanted_kind, text
             assert wanted_text in text
         assert found[-1] == [1.0]
+
+
+def spoilt_buffers(rank: int) -> list[Any]:
+    found: list[Any] = []
+    for value in (float("nan"), float("inf"), None):
+        model = Norm(rank)
+        model.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))  # infinities that belong there
+        model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+        if rank == 1 and value is not None:
+            model.norm.running_mean[1] = value
+            model.scale[0] = value
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        try:
+            average_across_ranks(model, timeout_s=20.0)
+            found.append((model.norm.running_mean.tolist(), torch.equal(model.mask, before["mask"])))
+            continue
+        except IncompatibleState as error:
+            found.append(str(error))
+        assert all(torch.equal(t.nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, t in model.state_dict().items())
+        average_across_ranks(model, buffers="keep", timeout_s=20.0)
+        average_across_ranks(model, weights=[1, 0], timeout_s=20.0)
+        found.append(model.norm.running_mean.tolist())
+    return found
+
+
+def test_buffers_of_one_rank_that_no_mean_can_use_are_an_error_of_all_and_change_nothing() -> None:
+    for nan, healed, infinite, healed_too, (mean, kept) in run_ranks(2, spoilt_buffers):
+        assert "rank 1 has buffers that are NaN: scale, norm.running_mean;" in nan
+        assert "rank 1 has infinities in buffers where other ranks have other values: scale, norm.running_mean;" in infinite
+        assert healed == healed_too == [0.0, 1001.0]
+        assert (mean, kept) == ([1.0, 1002.0], True)
+
+
+def strange_models(rank: int) -> list[Any]:
+    frozen = plain(rank).requires_grad_(False)
+    found = []
+    for other in ("no module", frozen):
+        started = clock.monotonic()
+        with pytest.raises(ConfigError) as error:
+            average_across_ranks(other if rank == 1 else plain(rank))  # the usual time: half an hour
+        found.append((str(error.value), clock.monotonic() - started < 15.0))
+    return found
+
+
+def test_a_model_of_one_rank_that_cannot_be_averaged_keeps_nobody_waiting() -> None:
+    for first, second in run_ranks(2, strange_models):
+        assert "model=str" in first[0]
+        assert "nothing to average" in second[0]
+        assert first[1]
+        assert second[1]
 
 
 def one_replica(rank: int) -> str:

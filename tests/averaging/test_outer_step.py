@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distckpt import average_across_ranks, open_checkpoint
+from distckpt import average_across_ranks, clock, open_checkpoint
 from distckpt.averaging.outer import OuterStep
 from distckpt.dcp.leaves import tensor_leaf
 from distckpt.errors import ConfigError, IncompatibleState, ReplicasDiffer
@@ -36,7 +38,7 @@ def drift(model: nn.Module, seed: int) -> None:
     for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         noise = torch.randn(tuple(parameter.shape), generator=torch.Generator().manual_seed(100 * seed + number))
         for box, local in tensor_leaf("", parameter).parts:
-            local.add_(noise[box.slices], alpha=0.1)
+            local.add_(noise[box.slices].to(local.device), alpha=0.1)
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -143,6 +145,25 @@ def test_replicas_that_start_apart_are_refused_before_anything_moves() -> None:
     assert len(run_ranks(2, different)) == 2
 
 
+def another_model(rank: int) -> tuple[str, bool, int]:
+    model = net()
+    outer = OuterStep(model)
+    drift(model, rank)
+    before, started = whole(model), clock.monotonic()
+    with pytest.raises(ConfigError, match="another model") as error:
+        average_across_ranks(nn.Linear(2, 2) if rank == 1 else model, op=outer)  # the usual time: half an hour
+    assert all(torch.equal(before[name], value) for name, value in whole(model).items())
+    in_time = clock.monotonic() - started < 15.0
+    outer.step(timeout_s=20.0)  # and the group can be used
+    return str(error.value), in_time, outer.steps
+
+
+def test_another_model_on_one_rank_is_an_error_of_all_at_once() -> None:
+    found = run_ranks(2, another_model)
+    assert [f[1:] for f in found] == [(True, 1)] * 2
+    assert "rank 1" in found[0][0]
+
+
 def test_wrong_use() -> None:
     model = net()
     for settings in ({"lr": 0.0}, {"momentum": 1.0}, {"lr": float("nan")}, {"dtype": torch.bfloat16}):
@@ -171,14 +192,52 @@ def test_a_checkpoint_without_it_begins_again(tmp_path: Path) -> None:
     assert torch.equal(outer.state_dict()["anchor"]["1.bias"], net()[1].bias)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_copies_run_beside_training() -> None:
-    def work(rank: int) -> bool:
-        model = net().cuda()
-        outer = OuterStep(model, device="cpu")
-        drift(model.cpu(), rank)
-        model.cuda()
-        average_across_ranks(model, bucket=7)
-        return outer.step(timeout_s=20.0).tensors == 3
+def on_device(rank: int, device: str, offload: bool) -> dict[str, torch.Tensor]:
+    """Return weights and a buffer after two outer steps and a plain mean, of a model on a device that is still at work."""
+    if device != "cpu":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    model = net()
+    model.register_buffer("level", torch.zeros(9))
+    model.to(device)
+    outer = OuterStep(model, device="cpu" if offload else None)
+    for number in range(3):
+        if device != "cpu":
+            torch.cuda._sleep(50_000_000)  # what follows has not run when the call below looks at the weights
+        drift(model, 2 * number + rank)
+        with torch.no_grad():
+            model.level.add_(1.0 + rank)
+        settings: dict[str, Any] = {"bucket": 7, "timeout_s": 60.0}
+        report = outer.step(**settings) if number < 2 else average_across_ranks(model, **settings)
+        assert (report.tensors, report.buffers) == (3, 1)
+        assert report.collectives > 8  # 59 elements of weights, at most 7 at a time
+        with torch.no_grad():
+            for parameter in model.parameters():  # at once, on the stream that training uses
+                parameter.mul_(0.5)
+    return {name: value.cpu() for name, value in model.state_dict().items()}
 
-    assert run_ranks(1, work, backend="nccl") == [True]
+
+def compare_with_the_host(backend: str, world: int, device: str) -> None:
+    for offload in (True, False):
+        wanted = run_ranks(world, on_device, "cpu", offload)[0]
+        found = run_ranks(world, on_device, device, offload, backend=backend, timeout_s=120)
+        for own in found:
+            assert own.keys() == wanted.keys()
+            for name, value in wanted.items():
+                torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
+                assert torch.equal(own[name], found[0][name])
+
+
+def test_the_comparison_of_devices_holds_on_the_host() -> None:
+    compare_with_the_host("gloo", 2, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "world"), [("nccl", 1), ("gloo", 2)])  # NCCL wants a device for each rank, gloo does not
+def test_on_a_gpu_means_and_outer_steps_are_what_they_are_on_the_host(backend: str, world: int) -> None:
+    # In a process of its own: ranks are forked, and this process may have looked for a device, which no fork survives.
+    call = f"import test_outer_step; test_outer_step.compare_with_the_host({backend!r}, {world}, 'cuda')"
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (here.parents[1], here.parent, here, os.environ.get("PYTHONPATH", ""))))
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", call], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -252,3 +252,78 @@ def test_snapshots_of_different_models_are_refused(tmp_path: Path) -> None:
         found += snapshots(root)
     with pytest.raises(IncompatibleState, match=r"weight has shape \[2, 3\]"):
         list(combined(solve_weights(found, 0.07)))
+
+
+class Buffered(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(3, 2)
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.register_buffer("expert_bias", torch.zeros(4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+
+def test_buffers_that_averages_follow_are_the_newest_snapshots(tmp_path: Path) -> None:
+    model = Buffered()
+    ema = PostHocEMA(model)
+    with manager(tmp_path / "run", model, stateful={"ema": ema}, save_total_limit=None) as m:
+        for step in range(1, 7):
+            with torch.no_grad():
+                model.up.weight.add_(0.1)
+                model.expert_bias.copy_(torch.tensor([0.1, -0.3, 7.0, 1 / 3]) * step)
+                model.norm.running_mean.add_(1.0)
+                model.calls.add_(1)
+            ema.update()
+            m.save(step=step)
+    with pytest.raises(IncompatibleState, match=r"BatchNorm.*norm\.running_mean"):  # still a choice to be made
+        average_posthoc(tmp_path / "run", tmp_path / "refused", 0.07)
+    rules = Rules(batchnorm="copy_newest")
+    for at in (None, 4):
+        out = tmp_path / f"out {at}"
+        average_posthoc(tmp_path / "run", out, 0.07, at=at, options=Options(rules=rules))
+        found = open_checkpoint(out).state_dict("model.")
+        wanted, how = synthesise(tmp_path / "run", 0.07, step=at)
+        assert min(how.weights) < 0
+        newest = open_checkpoint(how.snapshots[-1].path).state_dict("model.")
+        for name in ("expert_bias", "calls", "norm.running_mean"):
+            assert torch.equal(found[name], newest[name])
+            assert torch.equal(wanted[name], newest[name])
+        torch.testing.assert_close(found["up.weight"], wanted["up.weight"], rtol=1e-6, atol=1e-6)
+        assert not torch.equal(found["up.weight"], newest["up.weight"])
+    with pytest.raises(IncompatibleState, match="calls"):  # what Rules say about integers holds
+        average_posthoc(
+            tmp_path / "run", tmp_path / "equal", 0.07, options=Options(rules=Rules("equal", batchnorm="copy_newest"))
+        )
+
+
+def test_snapshots_from_before_a_new_beginning_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(3, 2)
+    ema = PostHocEMA(model)
+    with manager(tmp_path / "run", model, stateful={"ema": ema}, save_total_limit=None) as m:
+        for step in range(1, 10):
+            with torch.no_grad():
+                model.weight.fill_(1000.0 + step if step <= 5 else float(step))
+            if step == 6:
+                ema.reset()
+            ema.update()
+            m.save(step=step)
+    assert [s.count for s in snapshots(tmp_path / "run")][::2] == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    with caplog.at_level("WARNING", logger="distckpt"):
+        found, how = synthesise(tmp_path / "run", 0.07)
+    assert {s.step for s in how.snapshots} == {6, 7, 8, 9}
+    assert (how.count, how.left_out) == (4, (1, 2, 3, 4, 5))
+    assert "began again between steps 5 and 6" in caplog.text
+    assert float(found["weight"].max()) <= 9.5  # nothing of the weights before
+    report = average_posthoc(tmp_path / "run", tmp_path / "out", 0.07)
+    assert report.fit is not None
+    assert report.fit["left_out"] == [1, 2, 3, 4, 5]
+    caplog.clear()
+    _, early = synthesise(tmp_path / "run", 0.07, step=5)  # an average that ended before it
+    assert ({s.step for s in early.snapshots}, early.count, early.left_out) == ({1, 2, 3, 4, 5}, 5, ())
+    assert not caplog.text
+
+
+def test_a_larger_every_after_a_resume_is_no_new_beginning() -> None:
+    found = [Snapshot("", step, "ema.0.05.", 0.05, count, step) for step, count in ((50, 50), (101, 101), (105, 100), (120, 120))]
+    how = solve_weights(found, 0.07)
+    assert (len(how.snapshots), how.left_out) == (4, ())
