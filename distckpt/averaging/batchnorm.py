@@ -41,6 +41,17 @@ class RecomputeBatchNorm:
     forward: Callable[[nn.Module, Any], Any] | None = None
     device: str | torch.device | None = None
 
+    @property
+    def name(self) -> str:
+        """What names of results call it: the same in every run. Which data the batches hold, it cannot say."""
+        try:
+            count = f"{len(self.batches)} batches"  # type: ignore[arg-type]
+        except TypeError:  # a generator, or a loader that does not know its length
+            count = "batches"
+        forward = self.forward
+        by = "" if forward is None else f" by {getattr(forward, '__qualname__', type(forward).__qualname__)}"
+        return f"recompute on {count}{by}"
+
 
 @dataclass(slots=True)
 class Moments:
