@@ -51,7 +51,7 @@ class RecomputeBatchNorm:
         """What names of results call it: the same in every run. Which data the batches hold, it cannot say."""
         try:
             count = f"{len(self.batches)} batches"  # type: ignore[arg-type]
-        except TypeError:  # a generator, or a loader that does not know its length
+        except (TypeError, NotImplementedError):  # a generator, or a loader that does not know its length
             count = "batches"
         forward = self.forward
         by = "" if forward is None else f" by {getattr(forward, '__qualname__', type(forward).__qualname__)}"

@@ -100,9 +100,9 @@ def name_of(batchnorm: str | RecomputeBatchNorm, timeout_s: float) -> str:
     """Return what names of results call a BatchNorm policy: the same in every run, and rank 0's on all ranks."""
     if not isinstance(batchnorm, RecomputeBatchNorm):
         return str(batchnorm)
-    name, ranks = batchnorm.name.encode(), Ranks(timeout_s)
+    ranks = Ranks(timeout_s)
     try:
-        return ranks.gather(lambda check: name, lambda names: names[0]).decode()
+        return ranks.gather(lambda check: batchnorm.name.encode(), lambda names: names[0]).decode()
     finally:
         ranks.close()
 

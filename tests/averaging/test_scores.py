@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 import torch
 from averaging_support import root, step_of
+from evaluation_support import linear, linear_rows
 from safetensors.torch import save_file
 from torch import nn
 
-from distckpt import average_checkpoints, open_checkpoint
+from distckpt import average_checkpoints, compare_candidates, open_checkpoint
 from distckpt.averaging.average import RecomputeBatchNorm
 from distckpt.averaging.blend import Blend
+from distckpt.averaging.jury import draft_of
 from distckpt.averaging.sources import Term, open_members
+from distckpt.averaging.structure import Rules
 from distckpt.errors import ConfigError
+from distckpt.selection.evaluation import CheckpointId
+from distckpt.selection.subjects import Subject
 
 CALLS: list[float] = []
 
@@ -103,3 +108,47 @@ def test_the_provenance_tells_files_by_names_sizes_and_times(tmp_path: Path) -> 
     assert touched.identity == member.identity
     with pytest.raises(ConfigError, match="same checkpoint"):
         open_members([Term(str(folder)), Term(f"{folder}/")])
+
+
+def test_a_draft_is_known_by_content_rules_and_statistics(tmp_path: Path) -> None:
+    paths = [huggingface(tmp_path / f"checkpoint-{i}", float(i)) for i in (1, 2)]
+    members = open_members([Term(str(path)) for path in paths])
+
+    def draft(contents: tuple[str, str] = ("a", "b"), value: float | None = None, **rules: Any) -> str:
+        blend = Blend(members, Rules(batchnorm="copy_newest", **rules))
+        blend.replace({} if value is None else {"running_mean": torch.full((2,), value)})
+        newest = Subject(CheckpointId("two", str(paths[1]), "b", 2), None)
+        return draft_of(blend, newest, str(tmp_path / "results"), contents).id.digest
+
+    every = [draft(), draft(("a", "c")), draft(value=7.0), draft(dtype="bfloat16")]
+    assert len(set(every)) == len(every)
+    huggingface(paths[0], 1.0)
+    os.utime(paths[0] / "model.safetensors", ns=(1, 1))  # the same content, copied
+    members = open_members([Term(str(path)) for path in paths])
+    assert draft() == every[0]
+
+
+def test_soups_of_folders_that_were_written_anew_are_evaluated_anew(tmp_path: Path) -> None:
+    pytest.importorskip("statsmodels")
+    pytest.importorskip("sklearn")
+
+    def written(seed: int) -> list[str]:
+        paths = [tmp_path / f"checkpoint-{step}" for step in (1, 2, 3)]
+        for number, path in enumerate(paths):
+            path.mkdir(exist_ok=True)
+            torch.manual_seed(seed + number)
+            save_file({"w": torch.randn(4, 2)}, path / "model.safetensors")
+            (path / "config.json").write_text("{}")
+        return [str(path) for path in paths]
+
+    def histories(paths: list[str], out: Path) -> Any:
+        compare_candidates(paths, linear, linear_rows(), rule="max accuracy", out=out, ensembles=(), resamples=200)
+        made: list[Any] = [open_checkpoint(path).provenance for path in out.glob("soup-*")]
+        return [provenance["soup"]["history"] for provenance in made]
+
+    first = histories(written(3), tmp_path / "out")
+    paths = written(30)
+    both, fresh = histories(paths, tmp_path / "out"), histories(paths, tmp_path / "fresh")
+    assert len(both) == 2
+    assert first != fresh
+    assert fresh[0] in both

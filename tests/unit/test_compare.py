@@ -14,7 +14,6 @@ import torch
 from cli_support import run, run_json
 from evaluation_support import CALLS, CLASSES, binary, evaluation, linear, linear_root
 from ranks import run_ranks
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -339,30 +338,6 @@ def test_averages_with_recomputed_batchnorm_are_made_once(tmp_path: Path, sets: 
     assert len(CALLS) > calls
     shares = run_ranks(2, recomputed, root, tmp_path / "two", sets, (2, 1))  # a share of its own on each rank
     assert shares[0] == shares[1] == found
-
-
-def test_soups_of_folders_that_were_written_anew_are_evaluated_anew(tmp_path: Path, sets: tuple[str, str]) -> None:
-    def written(seed: int) -> list[Path]:
-        paths, rng = [tmp_path / f"checkpoint-{step}" for step in (1, 2, 3)], np.random.default_rng(seed)
-        for path in paths:
-            path.mkdir(exist_ok=True)
-            weight = (TRUTH + 2.0 * rng.standard_normal((4, 2))).astype(np.float32)
-            save_file({"w": torch.from_numpy(weight)}, path / "model.safetensors")
-            (path / "config.json").write_text("{}")
-        return paths
-
-    def history(paths: list[Path], out: str) -> Any:
-        options: dict[str, Any] = {"rule": "max accuracy", "ensembles": (), "resamples": 200}
-        compare_candidates([str(path) for path in paths], linear, *sets, out=tmp_path / out, **options)
-        soups = [open_checkpoint(soup).provenance for soup in (tmp_path / out).glob("soup-*")]
-        return [soup["soup"]["history"] for soup in soups]  # type: ignore[index, call-overload]
-
-    first = history(written(3), "out")
-    paths = written(4)
-    both, fresh = history(paths, "out"), history(paths, "fresh")
-    assert len(both) == 2
-    assert first[0] != fresh[0]
-    assert fresh[0] in both
 
 
 # ---------------------------------------------------------------- the command
