@@ -8,7 +8,8 @@ Golub, LeVeque 1983), so that the result is the variance of all data and not the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,16 @@ import msgspec
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from distckpt.averaging.structure import statistics
 from distckpt.averaging.write import fresh_key, raise_cause
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.engines.base import MODEL, clean_fqn
+from distckpt.engines.deepspeed_guard import is_deepspeed
+from distckpt.engines.rng import capture_rng, restore_rng
 from distckpt.errors import AgreementError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +45,17 @@ class RecomputeBatchNorm:
     batches: Iterable[Any]
     forward: Callable[[nn.Module, Any], Any] | None = None
     device: str | torch.device | None = None
+
+    @property
+    def name(self) -> str:
+        """What names of results call it: the same in every run. Which data the batches hold, it cannot say."""
+        try:
+            count = f"{len(self.batches)} batches"  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):  # a generator, or a loader that does not know its length
+            count = "batches"
+        forward = self.forward
+        by = "" if forward is None else f" by {getattr(forward, '__qualname__', type(forward).__qualname__)}"
+        return f"recompute on {count}{by}"
 
 
 @dataclass(slots=True)
@@ -104,7 +120,7 @@ def recompute_batchnorm(
 
 def _counted(data: RecomputeBatchNorm, blend: Blend | None) -> dict[str, Moments]:
     """Feed this rank's batches through a copy and return each layer's moments."""
-    model = copy.deepcopy(getattr(data.model, "module", data.model))
+    model = copy.deepcopy(_unwrapped(data.model))
     if data.device is not None:
         model.to(data.device)
     if blend is not None:
@@ -125,11 +141,29 @@ def _counted(data: RecomputeBatchNorm, blend: Blend | None) -> dict[str, Moments
         layer.register_forward_pre_hook(_counter(moments[name]))
     model.train()
     forward = data.forward or _first_item
-    on_device = data.device is not None and torch.device(data.device).type == "cuda"
-    with torch.random.fork_rng(devices=[data.device] if on_device else []), torch.no_grad():
+    with _same_rng(), torch.no_grad():
         for batch in data.batches:
             forward(model, _moved(batch, data.device))
     return moments
+
+
+def _unwrapped(model: Any) -> Any:
+    """Take off what only wraps a model. Told by its type: a model's own child may be called ``module`` too."""
+    if "_orig_mod" in model._modules:  # torch.compile's
+        return _unwrapped(model._orig_mod)
+    if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)) or is_deepspeed(model):
+        return _unwrapped(model.module)
+    return model
+
+
+@contextmanager
+def _same_rng() -> Iterator[None]:
+    """Leave every generator of this process as it was: dropout, shuffles and augmentations draw from any of them."""
+    before = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(before)
 
 
 def _counter(moments: Moments) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from distckpt.averaging.average import average_checkpoints
 from distckpt.averaging.blend import Blend
-from distckpt.averaging.jury import Jury, check_apart, draft_of, ema_prefixes, exists, whole_evaluator
+from distckpt.averaging.jury import Jury, check_apart, draft_of, ema_prefixes, exists, name_of, whole_evaluator
 from distckpt.engines.base import MODEL
 from distckpt.errors import ConfigError, IncompatibleState
 from distckpt.format.checkpoint import open_checkpoint
@@ -76,7 +76,8 @@ def compare_candidates(
     ``ensembles`` of the same (means of ``probabilities`` or ``logits``, or ``weighted``: probabilities, with the weights
     of least loss on validation); with ``ema`` the best of each EMA that the checkpoints hold; with ``soup`` a greedy soup
     scored by what the rule asks first, within its constraints. ``threshold``: a fixed one, or a rule by which each candidate
-    gets its own on validation, which then holds on test. ``batchnorm``: as in ``average_checkpoints``. What
+    gets its own on validation, which then holds on test. ``batchnorm``: as in ``average_checkpoints``; averages are told
+    apart by how many batches they were recomputed on, not by what is in these: other data needs another ``out``. What
     cannot be made (other heads, BatchNorm, one checkpoint alone) is left out, and the result says why.
 
     The rest is that of ``compare_entrants``. Under torchrun all ranks call this, and all get the result.
@@ -96,7 +97,7 @@ def compare_candidates(
     home = f"{os.fspath(out).rstrip('/')}"
     first = find_subjects(checkpoints, prefix=prefix)
     jury = Jury(whole_evaluator(found, first), rows, fresh, options, home, confidence)
-    bench = _Bench(jury, as_rule(rule), prefix, batchnorm, threshold, timeout_s)
+    bench = _Bench(jury, as_rule(rule), prefix, batchnorm, name_of(batchnorm, timeout_s), threshold, timeout_s)
     bench.enter_singles(checkpoints)
     bench.enter_averages(last, top, loss, ensembles)
     if ema:
@@ -118,6 +119,7 @@ class _Bench:
     rule: Rule
     prefix: str
     batchnorm: Any
+    batchnorm_name: str
     threshold: Threshold | ThresholdRule | None
     timeout_s: float
     singles: list[Evaluation] = field(default_factory=list)
@@ -174,14 +176,16 @@ class _Bench:
         aim = self.rule.aim
         assert aim is not None
         known = {one.checkpoint.digest: one for one in self.singles}
+        by_path = {os.path.realpath(one.checkpoint.path): one.checkpoint.digest for one in self.singles}
         newest = Subject(self.singles[-1].checkpoint, None)
 
         def score(blend: Blend) -> float:
-            members = [member.manifest_digest for member in blend.members]
+            # A folder of another kind has no manifest, but was digested when it was evaluated alone.
+            members = [m.manifest_digest or by_path[os.path.realpath(m.source.path)] for m in blend.members]
             if len(members) == 1 and members[0] in known:
                 evaluation = known[members[0]]
             else:
-                draft = draft_of(blend, newest, f"{self.jury.out}/results")
+                draft = draft_of(blend, newest, f"{self.jury.out}/results", members)
                 (evaluation,) = map(self._judged, self.jury.on(self.jury.validation, lambda: [draft]))
             value = aim.value(candidate_of(evaluation)) if self._best([evaluation]) is not None else None
             return float("nan") if value is None else float(value)
@@ -252,7 +256,7 @@ class _Bench:
     ) -> Evaluation | None:
         """Average members unless that was done before; returns its evaluation on validation, None if it cannot be."""
         key = digest(
-            repr([what, str(self.batchnorm), [one.checkpoint.digest + self.prefix for one in members]]).encode()
+            repr([what, self.batchnorm_name, [one.checkpoint.digest + self.prefix for one in members]]).encode()
         )
         root = f"{self.jury.out}/{stem}-{key[:12]}"
         if not exists(root, self.timeout_s):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from distckpt.averaging.batchnorm import RecomputeBatchNorm
 from distckpt.averaging.blend import Blend
+from distckpt.averaging.structure import statistics
+from distckpt.dcp.leaves import byte_view
 from distckpt.engines.base import MODEL
 from distckpt.errors import ConfigError
 from distckpt.format.checkpoint import list_checkpoints, open_checkpoint
+from distckpt.format.digest import digest
 from distckpt.selection.data import EvaluationData
 from distckpt.selection.evaluate import evaluate_subjects
 from distckpt.selection.evaluation import CheckpointId, Evaluation, Home
@@ -81,10 +85,26 @@ class _Draft(Subject):
         return self.blend.state_dict()
 
 
-def draft_of(blend: Blend, newest: Subject, results: str) -> Subject:
+def draft_of(blend: Blend, newest: Subject, results: str, contents: Sequence[str]) -> Subject:
+    """Return a mean as something to evaluate; ``contents`` are digests of its members' content, not of their paths."""
+    # BatchNorm statistics may have been recomputed, on data that no digest stands for: their values go in.
+    said = [digest(bytes(byte_view(blend.read(one)))) for one in statistics(list(blend.tensors))]
+    members = [(m.prefix, m.weight.hex()) for m in blend.members]
+    whole = digest(repr((list(contents), members, astuple(blend.rules), said)).encode())
     name = f"mean of {len(blend.members)}"
-    home = Home(open_store(results), f"mean_of_{len(blend.members)}-{blend.digest[:8]}")
-    return _Draft(CheckpointId(name, name, blend.digest, newest.id.step, prefix=MODEL), home, blend, newest)
+    home = Home(open_store(results), f"mean_of_{len(blend.members)}-{whole[:8]}")
+    return _Draft(CheckpointId(name, name, whole, newest.id.step, prefix=MODEL), home, blend, newest)
+
+
+def name_of(batchnorm: str | RecomputeBatchNorm, timeout_s: float) -> str:
+    """Return what names of results call a BatchNorm policy: the same in every run, and rank 0's on all ranks."""
+    if not isinstance(batchnorm, RecomputeBatchNorm):
+        return str(batchnorm)
+    ranks = Ranks(timeout_s)
+    try:
+        return ranks.gather(lambda check: batchnorm.name.encode(), lambda names: names[0]).decode()
+    finally:
+        ranks.close()
 
 
 def exists(root: str, timeout_s: float) -> bool:

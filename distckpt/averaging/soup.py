@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from distckpt.averaging.structure import Rules, statistics
 from distckpt.averaging.write import fresh_key, raise_cause
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
+from distckpt.dcp.rounds import Decide
 from distckpt.errors import AgreementError, ConfigError, ReplicasDiffer
+from distckpt.format.digest import digest
 from distckpt.manager.ranking import check_mode, measured
 
 log = logging.getLogger("distckpt")
@@ -89,8 +91,7 @@ class _Scores:
 
     def of(self, members: Sequence[Member]) -> tuple[float, bool]:
         """Return (score, whether it was cached) of the uniform mean of some members."""
-        blend = Blend(reweighted(members, [1.0] * len(members)), self.rules)
-        key = f"{self.named} {blend.digest}"
+        blend, key = self._mean(members)
         self.looks += 1
         if key in self.known:
             return self.known[key], True
@@ -102,9 +103,25 @@ class _Scores:
         self._keep()
         return score, False
 
+    def _mean(self, members: Sequence[Member]) -> tuple[Blend, str]:
+        """Return the mean and its key among the scores; rank 0's, as times of files may differ where nodes have copies."""
+        made: list[Blend] = []
+
+        def work() -> bytes:
+            made.append(Blend(reweighted(members, [1.0] * len(members)), self.rules))
+            return self._key(made[0]).encode()
+
+        key = _together(self.agreement, self.timeout_s, "soup-mean", work, lambda keys: keys[0])
+        return made[0], key.decode()
+
+    def _key(self, blend: Blend) -> str:
+        """Return what a score depends on: the evaluation, the members, their files, and how they are averaged."""
+        files = [member.files for member in blend.members]
+        batchnorm = "" if self.batchnorm is None else self.batchnorm.name
+        return f"{self.named} {digest(repr((blend.digest, files, astuple(self.rules), batchnorm)).encode())}"
+
     def _agreed(self, blend: Blend) -> float:
         """Evaluate on all ranks together; one number for all, or an error for all."""
-        key, deadline = fresh_key("soup"), Deadline.after(self.timeout_s)
 
         def decide(payloads: list[bytes]) -> bytes:
             scores = [msgspec.msgpack.decode(payload) for payload in payloads]
@@ -116,14 +133,10 @@ class _Scores:
                 )
             return payloads[0]
 
-        try:
-            with self.agreement.guard(key, deadline=deadline):
-                found = self.evaluate(blend)
-                score = float(found)
-            answer = self.agreement.round(key, msgspec.msgpack.encode(score), decide, deadline=deadline)
-        except AgreementError as error:
-            raise_cause(error)
-        return float(msgspec.msgpack.decode(answer))
+        def work() -> bytes:
+            return msgspec.msgpack.encode(float(self.evaluate(blend)))
+
+        return float(msgspec.msgpack.decode(_together(self.agreement, self.timeout_s, "soup", work, decide)))
 
     def load(self) -> None:
         """Let rank 0 read the cache, so that all ranks skip the same evaluations."""
@@ -132,10 +145,7 @@ class _Scores:
             found = {} if self.file is None or not self.file.is_file() else _read(self.file)
             return msgspec.msgpack.encode(found)
 
-        try:
-            answer = self.agreement.round(fresh_key("soup-cache"), b"", decide, deadline=Deadline.after(self.timeout_s))
-        except AgreementError as error:
-            raise_cause(error)
+        answer = _together(self.agreement, self.timeout_s, "soup-cache", lambda: b"", decide)
         self.known = msgspec.msgpack.decode(answer)
 
     def _keep(self) -> None:
@@ -165,14 +175,14 @@ def greedy_soup(
     if the mean with it is not worse. A score that is NaN or infinite in the winning direction counts as unmeasured, and
     never wins. ``evaluate``: a function, or ``pkg.mod:name``; all ranks call it together, and must get one result.
     ``batchnorm`` recomputes the statistics of each mean before it is scored; its batches are then read many times.
-    ``cache``: a JSON file of scores by evaluation and member set. Blends are read from storage when the evaluation reads
-    them; nothing is written.
+    ``cache``: a JSON file of scores by evaluation, member set (of other kinds than distckpt's: with sizes and times of
+    their files) and rules; it does not see what data ``evaluate`` and ``batchnorm`` read: other data, another file. Blends
+    are read from storage when the evaluation reads them; nothing is written.
 
     Raises ``ConfigError`` where no member can be scored, ``ReplicasDiffer`` where ranks disagree, and what the
     evaluation raises, on all ranks.
     """
     check_mode(mode, "mode")
-    function: Evaluate = load_function(evaluate) if isinstance(evaluate, str) else evaluate
     name = evaluate if isinstance(evaluate, str) else f"{evaluate.__module__}:{getattr(evaluate, '__qualname__', '<>')}"
     if cache is not None and "<" in name:
         raise ConfigError(
@@ -182,9 +192,16 @@ def greedy_soup(
     rules = rules or Rules()
     if batchnorm is not None:
         rules = replace(rules, batchnorm="copy_newest")  # until they are recomputed
-    Blend(members, rules)  # what cannot be averaged is refused before anything is looked at
+    functions: list[Evaluate] = []
+
+    def begin() -> bytes:
+        functions.append(load_function(evaluate) if isinstance(evaluate, str) else evaluate)
+        Blend(members, rules)  # what cannot be averaged is refused before anything is looked at
+        return b""
+
+    _together(group, timeout_s, "soup-begin", begin, lambda _: b"")
     file = None if cache is None else Path(cache)
-    scores = _Scores(function, name, rules, batchnorm, group, timeout_s, file)
+    scores = _Scores(functions[0], name, rules, batchnorm, group, timeout_s, file)
     scores.load()
     sign = 1.0 if mode == "max" else -1.0
     single: list[tuple[float, Member, bool]] = []
@@ -206,6 +223,17 @@ def greedy_soup(
             best, soup = score, trial
     report = SoupReport(mode, best, ranked[0][0], scores.looks, scores.evaluated, tuple(history))
     return Soup(reweighted(soup, [1.0] * len(soup)), report)
+
+
+def _together(agreement: Agreement, timeout_s: float, what: str, work: Callable[[], bytes], decide: Decide) -> bytes:
+    """Do some work on all ranks and agree on its result; what fails on one rank is raised on all, at once."""
+    key, deadline = fresh_key(what), Deadline.after(timeout_s)
+    try:
+        with agreement.guard(key, deadline=deadline):
+            payload = work()
+        return agreement.round(key, payload, decide, deadline=deadline)
+    except AgreementError as error:
+        raise_cause(error)
 
 
 def load_function(path: str) -> Callable[..., Any]:

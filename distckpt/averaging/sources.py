@@ -22,6 +22,11 @@ FAR_THREADS: Final = 8
 
 Elsewhere it is mostly Python, one after another: of 32 on a local disk, two threads took half as long again, eight four
 times as long."""
+READ_FILES: Final = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata"),
+    *(".index.json", "config.json", "latest", "latest_universal"),
+)
+"""Ends of the names of files that importers read in a folder; a log or a file of scores beside them is none of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +44,18 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """An opened term. ``weight`` is normalised; ``names`` maps a name of the result to the source's own."""
+    """An opened term. ``weight`` is normalised; ``names`` maps a name of the result to the source's own.
+
+    ``files``: of other kinds than distckpt's, a digest of the names, sizes and times of the files as they were opened, which
+    tells a folder that was written anew. No digest of content, and not part of ``identity``: copies on other nodes may
+    have other times.
+    """
 
     source: Source
     prefix: str
     weight: float
     names: Mapping[str, str]
+    files: str | None = None
 
     @property
     def label(self) -> str:
@@ -85,6 +96,7 @@ class Member:
             "prefix": self.prefix,
             "weight": self.weight,
             "manifest": self.manifest_digest,
+            **({} if self.files is None else {"files": self.files}),
         }
 
 
@@ -140,7 +152,23 @@ def _open(term: Term, weight: float, whole_state: bool) -> Member:
         )
     if whole_state:
         names |= {name: name for name in every if name.startswith("optim.")}
-    return Member(source, term.prefix, weight, names)
+    return Member(source, term.prefix, weight, names, None if source.checkpoint is not None else _files(source.path))
+
+
+def _files(path: str) -> str:
+    """Return a digest of names, sizes and times (ns) of the files that a path has to read; never of their content."""
+    found = [path] if os.path.isfile(path) else [
+        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(READ_FILES)
+    ]  # fmt: skip
+    return digest(repr(sorted((os.path.relpath(file, path), *_state(file)) for file in found)).encode())
+
+
+def _state(file: str) -> tuple[int, int]:
+    try:
+        state = os.stat(file)
+    except OSError:  # gone meanwhile: who reads it will say so
+        return -1, -1
+    return state.st_size, state.st_mtime_ns
 
 
 def step_in_name(path: str) -> int | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from averaging_support import contents, root, step_of
@@ -16,6 +20,8 @@ from distckpt.averaging.batchnorm import recompute_batchnorm
 from distckpt.averaging.soup import greedy_soup
 from distckpt.averaging.sources import Term, open_members
 from distckpt.dcp.agreement import Agreement
+from distckpt.engines import rng
+from distckpt.engines.accelerator import Accelerator
 from distckpt.errors import ConfigError, IncompatibleState
 
 
@@ -144,6 +150,79 @@ def test_a_models_own_statistics_without_an_average() -> None:
     )
     assert set(found) == {f"{layer}.{part}" for layer in ("norm", "last")
                           for part in ("running_mean", "running_var", "num_batches_tracked")}  # fmt: skip
+
+
+def counted(model: nn.Module, batches: Any) -> dict[str, torch.Tensor]:
+    alone = Agreement(None, 0, 1, timeout_s=5)
+    return recompute_batchnorm(RecomputeBatchNorm(model, batches), agreement=alone, timeout_s=5)
+
+
+class FakeCuda:
+    """Stands in for ``torch.cuda``: one device with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+
+    def device_count(self) -> int:
+        return 1
+
+    def get_rng_state(self, index: int) -> torch.Tensor:
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: torch.Tensor, index: int) -> None:
+        self.generator.set_state(state)
+
+
+def test_every_generator_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on a device that nobody named (the model is there already), shuffles and augmentations of the batches."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(rng, "current_accelerator", lambda: Accelerator("cuda", cuda))
+    monkeypatch.setattr(Accelerator, "current", 0)
+
+    def augmented(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            noise = torch.randn(8, 2, 9) + torch.randn(1, generator=cuda.generator)
+            yield batch * random.random() + float(np.random.rand()) + noise
+
+    model, batches = trained(1), data()
+    before = rng.capture_rng()
+    counted(model, augmented(batches))
+    after = rng.capture_rng()
+    assert after["devices"] == before["devices"]
+    assert (after["torch"], after["python"]) == (before["torch"], before["python"])
+    assert after["numpy"]["state"]["pos"] == before["numpy"]["state"]["pos"]
+    assert np.array_equal(after["numpy"]["state"]["key"], before["numpy"]["state"]["key"])
+
+
+class Outer(nn.Module):
+    """A model whose own child is called ``module``: no wrapper, for its forward pass does more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = trained(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x * 10)  # type: ignore[no-any-return]
+
+
+def test_a_child_called_module_makes_no_wrapper() -> None:
+    found = counted(Outer(), data())
+    wanted = counted(trained(1), [batch * 10 for batch in data()])
+    assert found.keys() == wanted.keys()
+    assert torch.equal(found["norm.running_mean"], wanted["norm.running_mean"])
+
+
+def wrapped_in_ddp(rank: int) -> dict[str, torch.Tensor]:
+    return counted(torch.compile(nn.parallel.DistributedDataParallel(trained(1))), data())  # type: ignore[arg-type]
+
+
+def test_wrappers_are_taken_off() -> None:
+    wanted = counted(trained(1), data())
+    wrappers = [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile]
+    found = [counted(wrap(trained(1)), data()) for wrap in wrappers]  # type: ignore[operator]
+    for one in (*found, *run_ranks(1, wrapped_in_ddp)):
+        assert one.keys() == wanted.keys()
+        assert torch.equal(one["norm.running_mean"], wanted["norm.running_mean"])
 
 
 def test_soups_are_scored_with_their_own_statistics(run: Path) -> None:

@@ -10,14 +10,18 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
+import torch
 from cli_support import run, run_json
 from evaluation_support import CALLS, CLASSES, binary, evaluation, linear, linear_root
 from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("statsmodels")
 pytest.importorskip("sklearn")
 
 from distckpt import compare_candidates, list_checkpoints, open_checkpoint
+from distckpt.averaging.batchnorm import RecomputeBatchNorm
 from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState
 from distckpt.format.lineage import create_generation, ensure_root
 from distckpt.selection.compare import CandidateComparison, Entrant, compare_entrants
@@ -285,6 +289,55 @@ def test_two_ranks_are_one_process(tmp_path: Path, sets: tuple[str, str]) -> Non
     alone = shared(0, noisy_root(tmp_path / "a", 3), tmp_path / "alone", sets)
     found = run_ranks(2, shared, noisy_root(tmp_path / "b", 3), tmp_path / "two", sets)
     assert found[0] == found[1] == alone
+
+
+class Normed(nn.Module):
+    """The linear model with a BatchNorm, whose statistics no evaluation here looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, 2))
+        self.norm = nn.BatchNorm1d(2, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x @ self.w)  # type: ignore[no-any-return]
+
+
+def normed_root(folder: Path) -> Path:
+    store = open_store(folder)
+    ensure_root(store)
+    create_generation(store, resumed_from=None)
+    rng = np.random.default_rng(3)
+    for step in (1, 2, 3):
+        tensors = {
+            "model.w": (TRUTH + 2.0 * rng.standard_normal((4, 2))).astype(np.float32),
+            "model.norm.running_mean": np.full(2, step, np.float32),
+            "model.norm.running_var": np.ones(2, np.float32),
+            "model.norm.num_batches_tracked": np.array(step),
+        }
+        builders.build_checkpoint(store, step, tensors=tensors, metrics={"loss": 1.0})
+    return folder
+
+
+def recomputed(rank: int, root: Path, out: Path, sets: tuple[str, str], batches: tuple[int, ...] = (3,)) -> Any:
+    data = TensorDataset(torch.arange(32.0 * batches[rank]).reshape(-1, 4))
+    policy = RecomputeBatchNorm(Normed(), DataLoader(data, batch_size=8))
+    found = compare_candidates(root, linear, *sets, rule="max accuracy", out=out, ema=False, ensembles=(),
+                               batchnorm=policy, resamples=200)  # fmt: skip
+    return found.words, found.left_out, [row.kind for row in found.rows]
+
+
+def test_averages_with_recomputed_batchnorm_are_made_once(tmp_path: Path, sets: tuple[str, str]) -> None:
+    root, out = normed_root(tmp_path / "run"), tmp_path / "out"
+    found = recomputed(0, root, out, sets)
+    assert "average" in found[2]
+    before, calls = all_files(out), len(CALLS)
+    assert recomputed(0, root, out, sets) == found  # a loader and a model of its own, as in the next run of a script
+    assert (all_files(out), len(CALLS)) == (before, calls)
+    recomputed(0, root, out, sets, (4,))
+    assert len(CALLS) > calls
+    shares = run_ranks(2, recomputed, root, tmp_path / "two", sets, (2, 1))  # a share of its own on each rank
+    assert shares[0] == shares[1] == found
 
 
 # ---------------------------------------------------------------- the command
