@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -66,9 +67,14 @@ class Options:
     agreement: Agreement | None = None
     progress: Progress | None = None
 
-    def join(self) -> Agreement:
-        """Return the agreement with the other ranks: the one given, else that of the default process group."""
-        return self.agreement or Agreement.from_environment(timeout_s=self.timeout_s)
+    @contextmanager
+    def joined(self) -> Iterator[Agreement]:
+        """Yield the agreement with the other ranks: the one given, else that of the default process group, left at the end."""
+        if self.agreement is not None:
+            yield self.agreement
+            return
+        with closing(Agreement.from_environment(timeout_s=self.timeout_s)) as group:
+            yield group
 
 
 def average_checkpoints(
@@ -138,12 +144,12 @@ def average_checkpoints(
         raise ConfigError("method 'greedy' needs mode: 'max' where a higher score is better, else 'min'")
     if (evaluate is not None) != (method == "greedy"):
         raise ConfigError(f"method {method!r} with evaluate={evaluate!r}: method='greedy' and evaluate go together")
-    group = options.join()
-    terms = _agreed_terms(group, paths, choice, weights, options)
-    if method == "greedy":
+    with options.joined() as group:
+        members = _opened(group, _agreed_terms(group, paths, choice, weights, options), options)
+        if method != "greedy":
+            return _finish(group, members, out, method, options, choice)
         assert evaluate is not None
         assert mode is not None
-        members = _opened(group, terms, options)
         soup = greedy_soup(
             members,
             evaluate,
@@ -155,7 +161,6 @@ def average_checkpoints(
             timeout_s=timeout_s,
         )
         return _finish(group, soup.members, out, method, options, choice, soup.report)
-    return _finish(group, _opened(group, terms, options), out, method, options, choice)
 
 
 def combine_checkpoints(
@@ -173,8 +178,8 @@ def combine_checkpoints(
     values for the report and the provenance that say how the weights came about.
     """
     options = options or Options()
-    group = options.join()
-    return _finish(group, _opened(group, terms, options, normalise=False), out, method, options, None, fit=fit)
+    with options.joined() as group:
+        return _finish(group, _opened(group, terms, options, normalise=False), out, method, options, None, fit=fit)
 
 
 def _agreed_terms(
@@ -196,14 +201,16 @@ def _agreed_terms(
         return msgspec.json.encode([[candidate.path, by_path[candidate.path]] for candidate in left])
 
     try:
-        answer = group.round(fresh_key("average-choose"), b"", decide, deadline=Deadline.after(options.timeout_s))
+        answer = group.round(
+            fresh_key("average-choose", group), b"", decide, deadline=Deadline.after(options.timeout_s)
+        )
     except AgreementError as error:
         raise_cause(error)
     return [Term(path, weight, options.prefix) for path, weight in msgspec.json.decode(answer)]
 
 
 def _opened(group: Agreement, terms: Sequence[Term], options: Options, *, normalise: bool = True) -> list[Member]:
-    key = fresh_key("average-open")
+    key = fresh_key("average-open", group)
     try:
         deadline = Deadline.after(options.timeout_s)
         with group.guard(key, deadline=deadline), no_collections():
@@ -224,7 +231,7 @@ def _finish(
     soup: SoupReport | None = None,
     fit: dict[str, Any] | None = None,
 ) -> AverageReport:
-    key = fresh_key("average-blend")
+    key = fresh_key("average-blend", group)
     try:
         deadline = Deadline.after(options.timeout_s)
         with group.guard(key, deadline=deadline), no_collections():

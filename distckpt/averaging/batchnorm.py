@@ -106,7 +106,7 @@ def recompute_batchnorm(
     All ranks call it together and get the same values. Without ``blend`` the copy keeps the model's own weights. RNG
     states are as before. Raises ``ConfigError`` on all ranks where nothing was counted.
     """
-    key = fresh_key("batchnorm")
+    key = fresh_key("batchnorm", agreement)
     deadline = Deadline.after(timeout_s)
     try:
         with agreement.guard(key, deadline=deadline):

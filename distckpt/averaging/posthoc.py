@@ -234,7 +234,6 @@ def average_posthoc(
     see ``Synthesis``. Raises as ``synthesise`` and ``combine_checkpoints``, on all ranks.
     """
     options = options or Options()
-    group = options.join()
 
     def decide(_: list[bytes]) -> bytes:
         how = solve_weights(snapshots(root, name=name), sigma_rel, step=at)
@@ -244,13 +243,15 @@ def average_posthoc(
         fit |= {"left_out": how.left_out} if how.left_out else {}
         return msgspec.json.encode([terms, followed, fit])
 
-    try:
-        answer = group.round(fresh_key("posthoc"), b"", decide, deadline=Deadline.after(options.timeout_s))
-    except AgreementError as error:
-        raise_cause(error)
-    terms, followed, fit = msgspec.json.decode(answer)
-    options = replace(options, agreement=group, rules=replace(options.rules, followed=frozenset(followed)))
-    return combine_checkpoints([Term(*term) for term in terms], out, method="posthoc", options=options, fit=fit)
+    with options.joined() as group:
+        try:
+            answer = group.round(fresh_key("posthoc", group), b"", decide, deadline=Deadline.after(options.timeout_s))
+        except AgreementError as error:
+            raise_cause(error)
+        found, followed, fit = msgspec.json.decode(answer)
+        terms = [Term(*term) for term in found]
+        options = replace(options, agreement=group, rules=replace(options.rules, followed=frozenset(followed)))
+        return combine_checkpoints(terms, out, method="posthoc", options=options, fit=fit)
 
 
 def _followed(newest: Checkpoint, last: Snapshot) -> list[str]:

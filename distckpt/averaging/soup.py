@@ -227,7 +227,7 @@ def greedy_soup(
 
 def _together(agreement: Agreement, timeout_s: float, what: str, work: Callable[[], bytes], decide: Decide) -> bytes:
     """Do some work on all ranks and agree on its result; what fails on one rank is raised on all, at once."""
-    key, deadline = fresh_key(what), Deadline.after(timeout_s)
+    key, deadline = fresh_key(what, agreement), Deadline.after(timeout_s)
     try:
         with agreement.guard(key, deadline=deadline):
             payload = work()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -42,12 +43,15 @@ WRITING: Final = 2
 Progress = Callable[[int, int], None]
 """Called with (bytes of the result written by this rank, bytes it has to write), one call at a time."""
 
-_calls = itertools.count()
+_calls: defaultdict[tuple[str, int], Iterator[int]] = defaultdict(itertools.count)
 
 
-def fresh_key(what: str) -> str:
-    """Return a key that no round of this job had; the same on all ranks, as all make the same calls."""
-    return f"{what}/{next(_calls)}"
+def fresh_key(what: str, agreement: Agreement) -> str:
+    """Return a key that no round of these ranks had; the same on all of them, as all make the same calls.
+
+    What a rank does alone, or with some of the others, is counted apart: the rest do not make that call.
+    """
+    return f"{what}/{next(_calls[agreement.prefix, agreement.world_size])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def write_blend(
     every rank what one of them raised: ``ConfigError`` (the root has that step), ``ShardError`` (a damaged source),
     ``IncompatibleState``, ``SaveFailed``.
     """
-    key = fresh_key("average-write")
+    key = fresh_key("average-write", agreement)
     try:
         return _write(blend, target, provenance, agreement, key, progress)
     except AgreementError as error:

@@ -220,3 +220,15 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "out").world_size == 2
     average_checkpoints(run, tmp_path / "alone")
     same(contents(tmp_path / "out"), contents(tmp_path / "alone"))
+
+
+def alone_and_together(rank: int, run: Path, out: Path) -> str:
+    if rank == 0:
+        average_checkpoints(run, out / "alone", agreement=Agreement(None, 0, 1, timeout_s=5.0))
+    return average_checkpoints(run, out / "together", timeout_s=30.0).path
+
+
+def test_what_one_rank_averages_alone_does_not_part_it_from_the_others(tmp_path: Path) -> None:
+    run = root(tmp_path / "run", states(2))
+    assert len(set(run_ranks(2, alone_and_together, run, tmp_path))) == 1
+    same(contents(tmp_path / "together"), contents(tmp_path / "alone"))
