@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from distckpt.averaging.swap import Swap
 from distckpt.dcp.leaves import State
 from distckpt.engines.base import MODEL
 from distckpt.errors import ConfigError, IncompatibleState
+
+log = logging.getLogger("distckpt")
 
 BUFFERS = ("copy", "average", "refuse")
 
@@ -195,10 +198,17 @@ class EMAModel:
 
     @contextlib.contextmanager
     def averaged(self, name: str | float | None = None) -> Iterator[Any]:
-        """Have averaged weights in the model inside ``with``; its own come back however that ends. Yields the module."""
+        """Have averaged weights in the model inside ``with``; its own come back however that ends. Yields the module.
+
+        Under ZeRO they come back on all ranks together, so an error of one rank is logged before it waits for the others.
+        """
         self.apply(name)
         try:
             yield self._weights.module
+        except BaseException:
+            if self._weights.collective:
+                log.exception("inside averaged(): to put the model's own weights back, this rank waits for the others")
+            raise
         finally:
             if self.applied:
                 self.restore()

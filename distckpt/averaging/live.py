@@ -98,6 +98,11 @@ class LiveWeights:
     def _addresses_now(self) -> list[int]:
         return [t.data_ptr() for t in self._plain] + [t._local_tensor.data_ptr() for t in self._sharded]
 
+    @property
+    def collective(self) -> bool:
+        """Whether ``written`` waits for the other ranks."""
+        return isinstance(self.engine, DeepSpeedEngine)
+
     def written(self) -> None:
         """Let the engine take over weights that were written in place; collective under ZeRO, which gathers."""
         if isinstance(self.engine, DeepSpeedEngine):

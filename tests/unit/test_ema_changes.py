@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distckpt import EMAModel
+from distckpt.averaging.live import LiveWeights
 from distckpt.averaging.outer import ANCHOR, MOMENTUM, OuterStep
 from distckpt.averaging.schedules import CountRatio
 from distckpt.errors import ConfigError, IncompatibleState
@@ -337,3 +338,22 @@ def test_until_the_start_the_average_in_a_state_dict_is_the_weights(decay: float
     assert torch.equal(shadow_of(ema, "weight"), own)
     ema.update()
     torch.testing.assert_close(shadow_of(ema, "weight"), (own + model.weight.detach()) / 2)
+
+
+@pytest.mark.parametrize("collective", [True, False])
+def test_an_error_is_told_before_the_others_are_waited_for(
+    collective: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under ZeRO: the error itself comes up only once all ranks have their weights back, or the group's time is over."""
+    ema = EMAModel(nn.Linear(2, 2))
+    told: list[str] = []
+    monkeypatch.setattr(LiveWeights, "collective", collective)
+
+    def evaluate() -> None:
+        monkeypatch.setattr(LiveWeights, "written", lambda weights: told.append(caplog.text))
+        raise ZeroDivisionError("a bad batch")
+
+    with pytest.raises(ZeroDivisionError), ema.averaged():
+        evaluate()
+    assert ["a bad batch" in text for text in told] == [collective]
+    assert not ema.applied
