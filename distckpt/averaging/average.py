@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from distckpt.averaging.choose import Choice, candidates, choose
 from distckpt.averaging.soup import Evaluate, SoupReport, greedy_soup
 from distckpt.averaging.sources import Member, Term, open_members
 from distckpt.averaging.structure import Rules, statistics
-from distckpt.averaging.write import Progress, Target, fresh_key, raise_cause, write_blend
+from distckpt.averaging.write import Progress, Target, fresh_key, joined, raise_cause, write_blend
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.engines.base import MODEL
@@ -66,15 +65,6 @@ class Options:
     timeout_s: float = TIMEOUT_S
     agreement: Agreement | None = None
     progress: Progress | None = None
-
-    @contextmanager
-    def joined(self) -> Iterator[Agreement]:
-        """Yield the agreement with the other ranks: the one given, else that of the default process group, left at the end."""
-        if self.agreement is not None:
-            yield self.agreement
-            return
-        with closing(Agreement.from_environment(timeout_s=self.timeout_s)) as group:
-            yield group
 
 
 def average_checkpoints(
@@ -144,7 +134,7 @@ def average_checkpoints(
         raise ConfigError("method 'greedy' needs mode: 'max' where a higher score is better, else 'min'")
     if (evaluate is not None) != (method == "greedy"):
         raise ConfigError(f"method {method!r} with evaluate={evaluate!r}: method='greedy' and evaluate go together")
-    with options.joined() as group:
+    with joined(options.agreement, options.timeout_s) as group:
         members = _opened(group, _agreed_terms(group, paths, choice, weights, options), options)
         if method != "greedy":
             return _finish(group, members, out, method, options, choice)
@@ -178,7 +168,7 @@ def combine_checkpoints(
     values for the report and the provenance that say how the weights came about.
     """
     options = options or Options()
-    with options.joined() as group:
+    with joined(options.agreement, options.timeout_s) as group:
         return _finish(group, _opened(group, terms, options, normalise=False), out, method, options, None, fit=fit)
 
 

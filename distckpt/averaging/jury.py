@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distckpt.averaging.batchnorm import RecomputeBatchNorm
@@ -90,7 +90,7 @@ def draft_of(blend: Blend, newest: Subject, results: str, contents: Sequence[str
     # BatchNorm statistics may have been recomputed, on data that no digest stands for: their values go in.
     said = [digest(bytes(byte_view(blend.read(one)))) for one in statistics(list(blend.tensors))]
     members = [(m.prefix, m.weight.hex()) for m in blend.members]
-    whole = digest(repr((list(contents), members, astuple(blend.rules), said)).encode())
+    whole = digest(repr((list(contents), members, blend.rules.text, said)).encode())
     name = f"mean of {len(blend.members)}"
     home = Home(open_store(results), f"mean_of_{len(blend.members)}-{whole[:8]}")
     return _Draft(CheckpointId(name, name, whole, newest.id.step, prefix=MODEL), home, blend, newest)

@@ -24,7 +24,7 @@ from distckpt.averaging.ema import EMAModel
 from distckpt.averaging.schedules import PowerFunction, Schedule, gamma_of
 from distckpt.averaging.sources import Term
 from distckpt.averaging.structure import statistics
-from distckpt.averaging.write import fresh_key, raise_cause
+from distckpt.averaging.write import fresh_key, joined, raise_cause
 from distckpt.boxes import Box, flat_range_to_boxes
 from distckpt.clock import Deadline
 from distckpt.engines.base import MODEL
@@ -243,7 +243,7 @@ def average_posthoc(
         fit |= {"left_out": how.left_out} if how.left_out else {}
         return msgspec.json.encode([terms, followed, fit])
 
-    with options.joined() as group:
+    with joined(options.agreement, options.timeout_s) as group:
         try:
             answer = group.round(fresh_key("posthoc", group), b"", decide, deadline=Deadline.after(options.timeout_s))
         except AgreementError as error:

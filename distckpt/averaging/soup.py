@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from distckpt.averaging.batchnorm import RecomputeBatchNorm, refresh
 from distckpt.averaging.blend import Blend
 from distckpt.averaging.sources import Member, reweighted
 from distckpt.averaging.structure import Rules, statistics
-from distckpt.averaging.write import fresh_key, raise_cause
+from distckpt.averaging.write import fresh_key, joined, raise_cause
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.rounds import Decide
@@ -118,7 +118,7 @@ class _Scores:
         """Return what a score depends on: the evaluation, the members, their files, and how they are averaged."""
         files = [member.files for member in blend.members]
         batchnorm = "" if self.batchnorm is None else self.batchnorm.name
-        return f"{self.named} {digest(repr((blend.digest, files, astuple(self.rules), batchnorm)).encode())}"
+        return f"{self.named} {digest(repr((blend.digest, files, self.rules.text, batchnorm)).encode())}"
 
     def _agreed(self, blend: Blend) -> float:
         """Evaluate on all ranks together; one number for all, or an error for all."""
@@ -188,7 +188,6 @@ def greedy_soup(
         raise ConfigError(
             f"cache={os.fspath(cache)}: scores of {name} cannot be told from another's; use a named function"
         )
-    group = agreement or Agreement.from_environment(timeout_s=timeout_s)
     rules = rules or Rules()
     if batchnorm is not None:
         rules = replace(rules, batchnorm="copy_newest")  # until they are recomputed
@@ -199,29 +198,32 @@ def greedy_soup(
         Blend(members, rules)  # what cannot be averaged is refused before anything is looked at
         return b""
 
-    _together(group, timeout_s, "soup-begin", begin, lambda _: b"")
-    file = None if cache is None else Path(cache)
-    scores = _Scores(functions[0], name, rules, batchnorm, group, timeout_s, file)
-    scores.load()
+    with joined(agreement, timeout_s) as group:
+        _together(group, timeout_s, "soup-begin", begin, lambda _: b"")
+        file = None if cache is None else Path(cache)
+        scores = _Scores(functions[0], name, rules, batchnorm, group, timeout_s, file)
+        scores.load()
+        return _chosen(members, mode, scores)
+
+
+def _chosen(members: Sequence[Member], mode: str, scores: _Scores) -> Soup:
+    """Score every member alone, then each one with what was kept before it, best first."""
     sign = 1.0 if mode == "max" else -1.0
-    single: list[tuple[float, Member, bool]] = []
-    history: list[Look] = []
-    for member in members:
-        score, cached = scores.of([member])
-        single.append((score, member, cached))
+    single = [(*scores.of([member]), member) for member in members]
     ranked = sorted((s for s in single if measured(s[0], mode) is not None), key=lambda s: -sign * s[0])
     if not ranked:
         raise ConfigError(f"the evaluation measured none of {len(members)} checkpoints: {[s[0] for s in single][:10]}")
-    history += [Look((m.source.name,), s, m is ranked[0][1], cached) for s, m, cached in single]
-    best, soup = ranked[0][0], [ranked[0][1]]
-    for _, member, _ in ranked[1:]:
+    best, _, first = ranked[0]
+    soup, best_single = [first], best
+    history = [Look((m.source.name,), score, m is first, cached) for score, cached, m in single]
+    for _, _, member in ranked[1:]:
         trial = sorted([*soup, member], key=lambda m: m.key)
         score, cached = scores.of(trial)
         kept = measured(score, mode) is not None and sign * score >= sign * best
         history.append(Look(tuple(m.source.name for m in trial), score, kept, cached))
         if kept:
             best, soup = score, trial
-    report = SoupReport(mode, best, ranked[0][0], scores.looks, scores.evaluated, tuple(history))
+    report = SoupReport(mode, best, best_single, scores.looks, scores.evaluated, tuple(history))
     return Soup(reweighted(soup, [1.0] * len(soup)), report)
 
 

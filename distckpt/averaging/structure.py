@@ -56,6 +56,11 @@ class Rules:
     batchnorm: str = "refuse"
     followed: frozenset[str] = frozenset()
 
+    @property
+    def text(self) -> str:
+        """All of them as text, the same in every process."""
+        return repr((self.integers, tuple(self.copy), self.dtype, self.batchnorm, sorted(self.followed)))
+
     def __post_init__(self) -> None:
         if self.integers not in INTEGERS:
             raise ConfigError(f"integers={self.integers!r}: choose one of {', '.join(INTEGERS)}")

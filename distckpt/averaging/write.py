@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -52,6 +53,16 @@ def fresh_key(what: str, agreement: Agreement) -> str:
     What a rank does alone, or with some of the others, is counted apart: the rest do not make that call.
     """
     return f"{what}/{next(_calls[agreement.prefix, agreement.world_size])}"
+
+
+@contextmanager
+def joined(agreement: Agreement | None, timeout_s: float) -> Iterator[Agreement]:
+    """Yield the agreement with the other ranks: the one given, else that of the default process group, left at the end."""
+    if agreement is not None:
+        yield agreement
+        return
+    with closing(Agreement.from_environment(timeout_s=timeout_s)) as group:
+        yield group
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,18 @@ class _Together(ChainMap[str, Any]):
             raise KeyError(key)
         return next((held[key] for held in self.maps if held.get(key) is not None), None)
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        for held in self._holders(key) or self.maps[:1]:
+            held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        for held in self._holders(key):
+            del held[key]
+
+    def _holders(self, key: str) -> list[Any]:
+        """Return the stages' own tables that have a name: what is assigned to it goes where it was found."""
+        return [held for held in self.maps if key in held]
+
 
 def _check_roots(stages: Iterable[nn.Module]) -> None:
     """Raise ``ConfigError`` for two tensors of one name: only one of them would be in checkpoints."""

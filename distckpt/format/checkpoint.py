@@ -7,7 +7,6 @@ headers. torch is imported only when a tensor is read.
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -279,10 +278,11 @@ class Checkpoint:
             name: sorted(extent for source in self._sources(name, box) for extent in extents_of(source))
             for name, box in whole.items()
         }
-        every = itertools.chain.from_iterable(extents.values())
-        with ReadAhead(([[(self.store, *extent)]] for extent in every), large=REQUEST) as ahead:
+        order = sorted(whole, key=extents.__getitem__)
+        rows = ([[(self.store, *extent)]] for name in order for extent in extents[name])
+        with ReadAhead(rows, large=REQUEST) as ahead:
             through = ahead.over(self.store)
-            read = {name: self._read_box(through, name, whole[name]) for name in sorted(whole, key=extents.__getitem__)}
+            read = {name: self._read_box(through, name, whole[name]) for name in order}
         return {name.removeprefix(prefix): read[self._resolve(name)] for name in wanted}
 
     def verify(

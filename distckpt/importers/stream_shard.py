@@ -112,7 +112,7 @@ def write_pieces(
 
     def every(threads: int, *, hashing: bool, writing: bool) -> None:
         left = iter(requests)  # threads take from it: next() of a list's iterator is atomic
-        run_all(lambda _: work(left, hashing=hashing, writing=writing), requests, threads, "convert")
+        run_all(lambda _: work(left, hashing=hashing, writing=writing), range(len(requests)), threads, "convert")
 
     try:
         direct = store.capabilities.random_write

@@ -57,3 +57,13 @@ def test_a_stage_that_has_a_name_of_another_is_refused() -> None:
     second.register_buffer("bias0", torch.ones(2))
     with pytest.raises(ConfigError, match="'bias0' of their own"):
         engine_for([first, second], None)
+
+
+def test_what_is_done_to_the_stages_together_is_done_to_each() -> None:
+    stages = [Stage(0), Stage(1)]
+    with EMAModel(stages).averaged() as module:
+        module.to(torch.float64)
+    for number, stage in enumerate(stages):
+        assert stage.state_dict().keys() == Stage(number).state_dict().keys()
+        assert all(value.dtype == torch.float64 for value in stage.state_dict().values())
+        assert torch.equal(stage.get_buffer(f"bias{number}"), torch.full((2,), 10.0 + number, dtype=torch.float64))

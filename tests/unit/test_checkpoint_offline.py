@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ from distckpt.errors import (
     IncompatibleState,
     ShardError,
 )
-from distckpt.format import box_reader, typed_json
+from distckpt.format import box_reader, read_ahead, typed_json
 from distckpt.format.checkpoint import Checkpoint, open_checkpoint
 from distckpt.format.lineage import Committed, read_manifest
 from distckpt.storage.memory import MemoryStore
@@ -149,6 +150,26 @@ def test_memory_and_requests_are_bounded(store: PosixStore, monkeypatch: pytest.
     assert np.array_equal(open_checkpoint(store.root).read("w").numpy(), tensors["w"])
     assert max(sizes) == 32 << 10
     assert sum(sizes) == 512 * 2048
+
+
+def test_a_state_dict_is_read_in_the_order_that_was_told(store: PosixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the files, where wide dtypes come first; the manifest has names in their own order."""
+    kinds = (np.uint8, np.float64, np.float32, np.uint8, np.float64)
+    tensors = {f"model.{i}": np.full(200_000 // np.dtype(kind).itemsize, i, kind) for i, kind in enumerate(kinds)}
+    build_checkpoint(store, 1, world=1, tensors=tensors)
+    monkeypatch.setattr(read_ahead, "NEAR_REQUEST", 256 << 10)
+    asked: list[int] = []
+    begin = read_ahead.ReadAhead._begin
+
+    def spy(self: Any, wanted: Any) -> None:
+        asked.extend(span.place for span in wanted)
+        begin(self, wanted)
+
+    monkeypatch.setattr(read_ahead.ReadAhead, "_begin", spy)
+    state = open_checkpoint(store.root).state_dict()
+    assert all(np.array_equal(state[name[6:]].numpy(), tensors[name]) for name in tensors)
+    assert len(set(asked)) >= 4
+    assert asked == sorted(asked)
 
 
 def test_aliases_and_state_dict(store: PosixStore) -> None:
