@@ -16,11 +16,10 @@ from distckpt.averaging.choose import Choice, candidates, choose
 from distckpt.averaging.soup import Evaluate, SoupReport, greedy_soup
 from distckpt.averaging.sources import Member, Term, open_members
 from distckpt.averaging.structure import Rules, statistics
-from distckpt.averaging.write import Progress, Target, fresh_key, joined, raise_cause, write_blend
-from distckpt.clock import Deadline
+from distckpt.averaging.write import Progress, Target, joined, together, write_blend
 from distckpt.dcp.agreement import Agreement
 from distckpt.engines.base import MODEL
-from distckpt.errors import AgreementError, ConfigError
+from distckpt.errors import ConfigError
 from distckpt.format.catalog import parse_location
 from distckpt.heap import no_collections
 from distckpt.importers.commit_source import SHARD_BYTES
@@ -190,24 +189,19 @@ def _agreed_terms(
         left = choose(chosen, choice)
         return msgspec.json.encode([[candidate.path, by_path[candidate.path]] for candidate in left])
 
-    try:
-        answer = group.round(
-            fresh_key("average-choose", group), b"", decide, deadline=Deadline.after(options.timeout_s)
-        )
-    except AgreementError as error:
-        raise_cause(error)
+    answer = together(group, options.timeout_s, "average-choose", lambda: b"", decide)
     return [Term(path, weight, options.prefix) for path, weight in msgspec.json.decode(answer)]
 
 
 def _opened(group: Agreement, terms: Sequence[Term], options: Options, *, normalise: bool = True) -> list[Member]:
-    key = fresh_key("average-open", group)
-    try:
-        deadline = Deadline.after(options.timeout_s)
-        with group.guard(key, deadline=deadline), no_collections():
-            members = open_members(terms, whole_state=options.include_optimizer, normalise=normalise)
-        group.round(key, b"", lambda _: b"", deadline=deadline)
-    except AgreementError as error:
-        raise_cause(error)
+    members: list[Member] = []
+
+    def work() -> bytes:
+        with no_collections():
+            members.extend(open_members(terms, whole_state=options.include_optimizer, normalise=normalise))
+        return b""
+
+    together(group, options.timeout_s, "average-open", work, lambda _: b"")
     return members
 
 
@@ -221,16 +215,17 @@ def _finish(
     soup: SoupReport | None = None,
     fit: dict[str, Any] | None = None,
 ) -> AverageReport:
-    key = fresh_key("average-blend", group)
-    try:
-        deadline = Deadline.after(options.timeout_s)
-        with group.guard(key, deadline=deadline), no_collections():
+    made: list[tuple[Blend, int]] = []
+
+    def work() -> bytes:
+        with no_collections():
             blend = Blend(members, options.rules, whole_state=options.include_optimizer)
-            at = parse_location(out)
-            step = next((s for s in (at.step, options.step, blend.newest.key[0]) if s is not None and s >= 0), 0)
-        group.round(key, b"", lambda _: b"", deadline=deadline)
-    except AgreementError as error:
-        raise_cause(error)
+            steps = (parse_location(out).step, options.step, blend.newest.key[0])
+            made.append((blend, next((s for s in steps if s is not None and s >= 0), 0)))
+        return b""
+
+    together(group, options.timeout_s, "average-blend", work, lambda _: b"")
+    blend, step = made[0]
     how = options.rules.batchnorm if statistics(list(blend.tensors)) else "none"
     if options.batchnorm is not None and how != "none":
         refresh(options.batchnorm, blend, agreement=group, timeout_s=options.timeout_s)

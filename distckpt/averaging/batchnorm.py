@@ -21,13 +21,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from distckpt.averaging.structure import statistics
-from distckpt.averaging.write import fresh_key, raise_cause
-from distckpt.clock import Deadline
+from distckpt.averaging.write import together
 from distckpt.dcp.agreement import Agreement
 from distckpt.engines.base import MODEL, clean_fqn
 from distckpt.engines.deepspeed_guard import is_deepspeed
 from distckpt.engines.rng import capture_rng, restore_rng
-from distckpt.errors import AgreementError, ConfigError
+from distckpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from distckpt.averaging.blend import Blend
@@ -106,14 +105,7 @@ def recompute_batchnorm(
     All ranks call it together and get the same values. Without ``blend`` the copy keeps the model's own weights. RNG
     states are as before. Raises ``ConfigError`` on all ranks where nothing was counted.
     """
-    key = fresh_key("batchnorm", agreement)
-    deadline = Deadline.after(timeout_s)
-    try:
-        with agreement.guard(key, deadline=deadline):
-            found = _counted(data, blend)
-        answer = agreement.round(key, _encode(found), _merged, deadline=deadline)
-    except AgreementError as error:
-        raise_cause(error)
+    answer = together(agreement, timeout_s, "batchnorm", lambda: _encode(_counted(data, blend)), _merged)
     return {f"{name}.{part}" if name else part: value for name, moments in _decode(answer).items()
             for part, value in _buffers(moments).items()}  # fmt: skip
 

@@ -24,11 +24,10 @@ from distckpt.averaging.ema import EMAModel
 from distckpt.averaging.schedules import PowerFunction, Schedule, gamma_of
 from distckpt.averaging.sources import Term
 from distckpt.averaging.structure import statistics
-from distckpt.averaging.write import fresh_key, joined, raise_cause
+from distckpt.averaging.write import joined, together
 from distckpt.boxes import Box, flat_range_to_boxes
-from distckpt.clock import Deadline
 from distckpt.engines.base import MODEL
-from distckpt.errors import AgreementError, CheckpointNotFound, ConfigError, IncompatibleState
+from distckpt.errors import CheckpointNotFound, ConfigError, IncompatibleState
 from distckpt.format.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 
 log = logging.getLogger("distckpt")
@@ -244,10 +243,7 @@ def average_posthoc(
         return msgspec.json.encode([terms, followed, fit])
 
     with joined(options.agreement, options.timeout_s) as group:
-        try:
-            answer = group.round(fresh_key("posthoc", group), b"", decide, deadline=Deadline.after(options.timeout_s))
-        except AgreementError as error:
-            raise_cause(error)
+        answer = together(group, options.timeout_s, "posthoc", lambda: b"", decide)
         found, followed, fit = msgspec.json.decode(answer)
         terms = [Term(*term) for term in found]
         options = replace(options, agreement=group, rules=replace(options.rules, followed=frozenset(followed)))

@@ -22,11 +22,9 @@ from distckpt.averaging.batchnorm import RecomputeBatchNorm, refresh
 from distckpt.averaging.blend import Blend
 from distckpt.averaging.sources import Member, reweighted
 from distckpt.averaging.structure import Rules, statistics
-from distckpt.averaging.write import fresh_key, joined, raise_cause
-from distckpt.clock import Deadline
+from distckpt.averaging.write import joined, together
 from distckpt.dcp.agreement import Agreement
-from distckpt.dcp.rounds import Decide
-from distckpt.errors import AgreementError, ConfigError, ReplicasDiffer
+from distckpt.errors import ConfigError, ReplicasDiffer
 from distckpt.format.digest import digest
 from distckpt.manager.ranking import check_mode, measured
 
@@ -111,7 +109,7 @@ class _Scores:
             made.append(Blend(reweighted(members, [1.0] * len(members)), self.rules))
             return self._key(made[0]).encode()
 
-        key = _together(self.agreement, self.timeout_s, "soup-mean", work, lambda keys: keys[0])
+        key = together(self.agreement, self.timeout_s, "soup-mean", work, lambda keys: keys[0])
         return made[0], key.decode()
 
     def _key(self, blend: Blend) -> str:
@@ -136,7 +134,7 @@ class _Scores:
         def work() -> bytes:
             return msgspec.msgpack.encode(float(self.evaluate(blend)))
 
-        return float(msgspec.msgpack.decode(_together(self.agreement, self.timeout_s, "soup", work, decide)))
+        return float(msgspec.msgpack.decode(together(self.agreement, self.timeout_s, "soup", work, decide)))
 
     def load(self) -> None:
         """Let rank 0 read the cache, so that all ranks skip the same evaluations."""
@@ -145,7 +143,7 @@ class _Scores:
             found = {} if self.file is None or not self.file.is_file() else _read(self.file)
             return msgspec.msgpack.encode(found)
 
-        answer = _together(self.agreement, self.timeout_s, "soup-cache", lambda: b"", decide)
+        answer = together(self.agreement, self.timeout_s, "soup-cache", lambda: b"", decide)
         self.known = msgspec.msgpack.decode(answer)
 
     def _keep(self) -> None:
@@ -199,7 +197,7 @@ def greedy_soup(
         return b""
 
     with joined(agreement, timeout_s) as group:
-        _together(group, timeout_s, "soup-begin", begin, lambda _: b"")
+        together(group, timeout_s, "soup-begin", begin, lambda _: b"")
         file = None if cache is None else Path(cache)
         scores = _Scores(functions[0], name, rules, batchnorm, group, timeout_s, file)
         scores.load()
@@ -225,17 +223,6 @@ def _chosen(members: Sequence[Member], mode: str, scores: _Scores) -> Soup:
             best, soup = score, trial
     report = SoupReport(mode, best, best_single, scores.looks, scores.evaluated, tuple(history))
     return Soup(reweighted(soup, [1.0] * len(soup)), report)
-
-
-def _together(agreement: Agreement, timeout_s: float, what: str, work: Callable[[], bytes], decide: Decide) -> bytes:
-    """Do some work on all ranks and agree on its result; what fails on one rank is raised on all, at once."""
-    key, deadline = fresh_key(what, agreement), Deadline.after(timeout_s)
-    try:
-        with agreement.guard(key, deadline=deadline):
-            payload = work()
-        return agreement.round(key, payload, decide, deadline=deadline)
-    except AgreementError as error:
-        raise_cause(error)
 
 
 def load_function(path: str) -> Callable[..., Any]:

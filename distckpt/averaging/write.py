@@ -21,6 +21,7 @@ from distckpt.averaging.layout import Output, plan_output
 from distckpt.clock import Deadline
 from distckpt.dcp.agreement import Agreement
 from distckpt.dcp.parallel import asked_by_one, processors
+from distckpt.dcp.rounds import Decide
 from distckpt.errors import AgreementError, ConfigError, CorruptCheckpoint, DistckptError, ReplicasDiffer, SaveFailed
 from distckpt.format import digest as digests
 from distckpt.format import names, typed_json
@@ -53,6 +54,17 @@ def fresh_key(what: str, agreement: Agreement) -> str:
     What a rank does alone, or with some of the others, is counted apart: the rest do not make that call.
     """
     return f"{what}/{next(_calls[agreement.prefix, agreement.world_size])}"
+
+
+def together(agreement: Agreement, timeout_s: float, what: str, work: Callable[[], bytes], decide: Decide) -> bytes:
+    """Do some work on all ranks and agree on its result; what fails on one rank is raised on all, at once."""
+    key, deadline = fresh_key(what, agreement), Deadline.after(timeout_s)
+    try:
+        with agreement.guard(key, deadline=deadline):
+            payload = work()
+        return agreement.round(key, payload, decide, deadline=deadline)
+    except AgreementError as error:
+        raise_cause(error)
 
 
 @contextmanager

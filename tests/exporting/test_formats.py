@@ -14,6 +14,7 @@ import pytest
 import torch
 from cli_support import run
 from export_support import Small, by_name, exported, rows, saved, trained
+from torch import nn
 
 from distckpt import EMAModel, export_inference_checkpoint
 from distckpt.errors import ConfigError
@@ -160,13 +161,19 @@ def test_weights_alone_need_no_model_and_say_what_was_not_asked(root: Path, tmp_
     assert state["norm.num_batches_tracked"].dtype == torch.int64
 
 
-def test_the_average_instead_of_the_weights(tmp_path: Path) -> None:
+def with_averages() -> tuple[nn.Module, EMAModel, EMAModel]:
+    """Return a trained model with one average, and with two, none of which is its weights."""
     model = trained()
     ema, several = EMAModel(model, decay=0.5), EMAModel(model, decay=(0.5, 0.9))
     with torch.no_grad():
         model.up.weight.add_(1)  # type: ignore[operator, union-attr]
     ema.update()
     several.update()
+    return model, ema, several
+
+
+def test_the_average_instead_of_the_weights(tmp_path: Path) -> None:
+    model, ema, several = with_averages()
     root = saved(tmp_path / "run", model, stateful={"ema": ema, "both": several})
     wanted = {name: value.clone() for name, value in ema.state_dict()["shadow"].items()}
     report = exported(root, tmp_path / "a.pt", "torch", ema="ema")
@@ -182,12 +189,7 @@ def test_the_average_instead_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_average_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = trained()
-    ema, several = EMAModel(model, decay=0.5), EMAModel(model, decay=(0.5, 0.9))
-    with torch.no_grad():
-        model.up.weight.add_(1)  # type: ignore[operator, union-attr]
-    ema.update()
-    several.update()
+    model, ema, several = with_averages()
     for name, parts, options in (("one", {"ema": ema}, ["--ema"]), ("both", {"both": several}, ["--ema-name", "0.9"])):
         root, out = saved(tmp_path / name, model, stateful=parts), tmp_path / f"{name}.pt"
         code, text, _ = run(capsys, "export", root, out, *options)
